@@ -1,0 +1,190 @@
+// The contract between guest and host: call numbers, call frames, status, limits. Written once, here; the C
+// header of the guest is generated from it (cheader.ts) and a test fails when the two differ. Numbers only, no code
+// that runs on either side.
+//
+// How it may grow. The version is (major << 16) | minor. A new call, a new feature bit, or a meaning for a field
+// that had to be zero raises minor, and an older guest goes on working: hosts answer calls they do not know with
+// invalid/ENOSYS, guests ignore feature bits and flags they do not know. Anything else raises major; a guest refuses
+// a host of another major.
+
+export const ABI_MAJOR = 1;
+export const ABI_MINOR = 0;
+export const ABI_VERSION = (ABI_MAJOR << 16) | ABI_MINOR;
+
+/**
+ * Discovery: a block of CPUID leaves in the hypervisor range, found by looking at `first`, `first + step`, … up to
+ * `last` for the signature in EBX, ECX, EDX (the scan guests do for every stacked hypervisor interface; KVM's own
+ * block is at 0x40000000).
+ */
+export const CPUID = {
+  first: 0x40000100,
+  last: 0x4000ff00,
+  step: 0x100,
+  signature: "PVDMA.PVDMA.",
+  /** EAX: highest leaf of the block. EBX, ECX, EDX: signature. */
+  leafSignature: 0,
+  /** EAX: ABI version. EBX: feature bits. ECX: I/O port, bits 15:0. EDX: entries that fit a call page. */
+  leafInterface: 1,
+  /** EAX: most pages one call maps. EBX, ECX, EDX: zero. */
+  leafLimits: 2,
+} as const;
+
+/** The port a call is made with: one 32-bit `out`, EAX the call number, DX the port. */
+export const PORT = 0x0b50;
+
+/** Feature bits (CPUID leafInterface.EBX, and probe). */
+export const FEATURE = {
+  /** map_list and unmap_list are there. */
+  list: 1 << 0,
+} as const;
+
+export const LIMITS = {
+  /** A call page is one guest page, aligned. */
+  callPageBytes: 4096,
+  /** A list entry or an IOVA range in the call page: two 64-bit words. */
+  entryBytes: 16,
+  /** Entries that fit a call page. */
+  listEntries: 256,
+  /** Most pages one map or map_list covers (1 GiB). */
+  mapPages: 1 << 18,
+  /** Most devices a guest has assigned; handles are 1 to this. */
+  devices: 32,
+} as const;
+
+/** What the device may do with the pages, and how they are placed. Other bits must be zero. */
+export const MAP_FLAG = {
+  /** The device reads memory (DMA_TO_DEVICE). */
+  read: 1 << 0,
+  /** The device writes memory (DMA_FROM_DEVICE). */
+  write: 1 << 1,
+  /** Align the IOVA to the length rounded up to a power of two, as dma_alloc_coherent promises drivers. */
+  align: 1 << 2,
+} as const;
+
+/** Policies, from the laxest to the strictest. */
+export const POLICY = { pinned: 0, cached: 1, lazy: 2, strict: 3 } as const;
+export type PolicyName = keyof typeof POLICY;
+
+/** is_assigned, rsi. */
+export const DEVICE_FLAG = {
+  /** Bits 7:0 hold the policy. */
+  policyMask: 0xff,
+  /** IOVA = gpa for this device. With policy pinned a guest needs no call at all. */
+  identity: 1 << 8,
+} as const;
+
+/**
+ * Status, in RAX: bits 7:0 the class, bits 31:8 an errno (Linux numbering) that says more, 0 where there is
+ * nothing more to say. A guest decides by the class alone.
+ */
+export const STATUS = {
+  /** Done. */
+  ok: 0,
+  /** Nothing wrong, ask again. */
+  retry: 1,
+  /** A quota, the locked-memory limit or the entry limit; may pass when something is unmapped. */
+  limit: 2,
+  /** The guest's mistake; nothing was changed. */
+  invalid: 3,
+  /** The device is no longer there. */
+  gone: 4,
+} as const;
+export type StatusClass = keyof typeof STATUS;
+
+/** A register of a call frame. RAX and RDX (the port) are taken; every register not named OUT keeps its value. */
+export type FrameRegister = "rdi" | "rsi" | "r8" | "r9" | "r10";
+/** The frame's registers in the order in which the dispatcher sees them as arguments 0 to 4 and results 0 to 4. */
+export const FRAME_REGISTERS: readonly FrameRegister[] = ["rdi", "rsi", "r8", "r9", "r10"];
+
+export interface CallSpec {
+  readonly number: number;
+  readonly about: string;
+  readonly in: Partial<Record<FrameRegister, string>>;
+  readonly out: Partial<Record<FrameRegister, string>>;
+}
+
+/**
+ * The calls. IN: RAX, the call number, beside what is listed. OUT: RAX, the status; the other OUT registers are
+ * valid with status ok, and `entries done` with every status.
+ */
+export const CALLS = {
+  probe: {
+    number: 1,
+    about: "What the host offers. Changes nothing.",
+    in: {
+      rdi: "the guest's ABI version",
+      rsi: "gpa of a call page that receives the IOVA ranges as {u64 first, u64 last}; 0 for none",
+    },
+    out: {
+      rdi: "the host's ABI version",
+      rsi: "feature bits",
+      r8: "page sizes the IOMMU maps, a bit mask (bit 12 is 4 KiB)",
+      r9: "most bytes that may be pinned; 0 for no quota",
+      r10: "IOVA ranges written",
+    },
+  },
+  is_assigned: {
+    number: 2,
+    about:
+      "Whether the host gives this device to the guest. Asked once per device, the answer does not change.",
+    in: { rdi: "segment << 16 | bus << 8 | device << 3 | function, as the guest numbers them" },
+    out: {
+      rdi: "handle for the other calls; 0: not an assigned device",
+      rsi: "policy, and DEVICE_FLAG bits",
+      r8: "bits of IOVA the IOMMU translates for it",
+    },
+  },
+  map: {
+    number: 3,
+    about: "Makes every page that the bytes touch reachable for the device.",
+    in: {
+      rdi: "handle",
+      rsi: "gpa of the first byte; the range must lie in guest RAM",
+      r8: "bytes, at least 1",
+      r9: "last IOVA the device can emit (its DMA mask)",
+      r10: "MAP_FLAG bits, read or write at least",
+    },
+    out: { rdi: "IOVA of the first byte; the offset in the page is kept" },
+  },
+  unmap: {
+    number: 4,
+    about:
+      "Takes back what one map or map_list gave. Range and length must be those of that mapping, to the page. " +
+      "When it returns ok under policy strict the device reaches none of it any more.",
+    in: {
+      rdi: "handle",
+      rsi: "IOVA of any byte of the mapping's first page",
+      r8: "bytes from there to its end",
+    },
+    out: { rdi: "bytes unmapped, whole pages" },
+  },
+  map_list: {
+    number: 5,
+    about:
+      "Maps a list as one contiguous IOVA range: the pages that each entry touches, one entry after the other. " +
+      "All or nothing: with another status than ok nothing of it is mapped.",
+    in: {
+      rdi: "handle",
+      rsi: "gpa of the call page: entries {u64 gpa, u64 bytes}",
+      r8: "entries, 1 to 256",
+      r9: "last IOVA the device can emit (its DMA mask)",
+      r10: "MAP_FLAG bits, read or write at least",
+    },
+    out: {
+      rdi: "IOVA of the range's first page",
+      rsi: "entries done: all, or the index of the first that could not be done",
+    },
+  },
+  unmap_list: {
+    number: 6,
+    about: "Unmaps a list of mappings, in order, up to the first that fails.",
+    in: {
+      rdi: "handle",
+      rsi: "gpa of the call page: entries {u64 iova, u64 bytes}, each as unmap takes them",
+      r8: "entries, 1 to 256",
+    },
+    out: { rdi: "bytes unmapped, whole pages", rsi: "entries done" },
+  },
+} as const satisfies Record<string, CallSpec>;
+export type CallName = keyof typeof CALLS;
+export const CALL_NAMES = Object.keys(CALLS) as CallName[];
