@@ -1,0 +1,80 @@
+// The terminal behind COM1: carries bytes between the serial port's queues and standard input and output. Main
+// thread. Ctrl-A X leaves, as in QEMU.
+
+import type { Readable, Writable } from "node:stream";
+import type { ReadStream } from "node:tty";
+import type { Serial } from "./serial.js";
+
+const CTRL_A = 0x01;
+const LEAVE = new Set(["x", "X"].map((key) => key.charCodeAt(0)));
+
+export class Console {
+  private afterEscape = false;
+  /** Typed bytes that did not fit the serial port's queue; offered again whenever the guest takes or writes some. */
+  private waiting: Buffer = Buffer.alloc(0);
+  private blocked = false;
+  private serial: Serial | undefined;
+  private readonly onData = (typed: Buffer) => this.typed(typed);
+  private readonly onDrain = () => {
+    this.blocked = false;
+    this.pump();
+  };
+
+  /** `leave` is called when Ctrl-A X was typed. */
+  constructor(
+    private readonly input: Readable & Partial<Pick<ReadStream, "isTTY" | "setRawMode">>,
+    private readonly output: Writable,
+    private readonly leave: () => void,
+  ) {}
+
+  /** Starts carrying for this serial port; the terminal is raw until detach(). */
+  attach(serial: Serial): void {
+    this.serial = serial;
+    if (this.input.isTTY) this.input.setRawMode?.(true);
+    this.input.on("data", this.onData).resume();
+    this.output.on("drain", this.onDrain);
+  }
+
+  /** Carries what is left to the terminal and gives it back. */
+  detach(): void {
+    this.blocked = false;
+    this.pump();
+    this.serial = undefined;
+    this.waiting = Buffer.alloc(0);
+    this.input.off("data", this.onData).pause();
+    this.output.off("drain", this.onDrain);
+    if (this.input.isTTY) this.input.setRawMode?.(false);
+  }
+
+  /** The guest wrote: takes it, unless the terminal is behind; then the guest waits in time. */
+  pump(): void {
+    if (this.serial === undefined || this.blocked) return;
+    const bytes = this.serial.takeOutput();
+    if (bytes.length > 0 && !this.output.write(bytes)) this.blocked = true;
+    if (this.waiting.length > 0) this.offer(Buffer.alloc(0));
+  }
+
+  private typed(typed: Buffer): void {
+    const forGuest: number[] = [];
+    for (const byte of typed) {
+      if (this.afterEscape) {
+        this.afterEscape = false;
+        if (LEAVE.has(byte)) {
+          this.leave();
+          return;
+        }
+        if (byte === CTRL_A) forGuest.push(byte);
+      } else if (byte === CTRL_A) this.afterEscape = true;
+      else forGuest.push(byte);
+    }
+    this.offer(Buffer.from(forGuest));
+  }
+
+  private offer(bytes: Buffer): void {
+    const all = this.waiting.length > 0 ? Buffer.concat([this.waiting, bytes]) : bytes;
+    this.waiting = all.subarray(this.serial?.pushInput(all) ?? all.length);
+    // Nobody types megabytes: a pipe does, and it can wait until the guest reads.
+    if (this.waiting.length > 2 ** 16) this.input.pause();
+    else if (this.input.isPaused()) this.input.resume();
+  }
+}

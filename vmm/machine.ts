@@ -1,0 +1,246 @@
+// One machine, from power-on to power-off: the KVM VM, its vCPUs' Workers, the bus of trapped accesses, the serial
+// port. What is plugged into it (PCI devices) and what it boots come from run-guest.ts. Main thread.
+
+import { closeSync } from "node:fs";
+import { Worker } from "node:worker_threads";
+import type { Gpa, Hva } from "../hypercalls/addresses.js";
+import type { EngineState } from "../hypercalls/engine.js";
+import { gsiOfPin } from "./boot/acpi.js";
+import { KVM_IDENTITY_MAP_GPA, KVM_TSS_GPA } from "./boot/layout.js";
+import type { BootRegisters } from "./boot/linux.js";
+import { newConfigAddress } from "./devices/config-ports.js";
+import { COM1_GSI, newSerialState, Serial } from "./devices/serial.js";
+import { VmmError } from "./errors.js";
+import type { RamDescription } from "./guest-memory.js";
+import { IoBus } from "./io-bus.js";
+import { irqLine } from "./irq-line.js";
+import type { CpuidEntry, Kvm, Vm } from "./kvm.js";
+import { mmapShared, PROT_READ, PROT_WRITE, signalThread } from "./native/libc.js";
+import type { IoHandler, PciMachine } from "./pci/machine-interface.js";
+import { RunArea } from "./run-area.js";
+import { newSlowExitLane, type SlowAccess, serveSlowExit } from "./slow-exit.js";
+import {
+  CONTROL_STOP,
+  CONTROL_TID,
+  controlWords,
+  EXIT_KINDS,
+  exitCounters,
+  newVcpuControl,
+  RING_SERIAL,
+  RING_SLOW_EXIT,
+  type VcpuEnd,
+  type VcpuJob,
+  type VcpuMessage,
+} from "./vcpu-link.js";
+import { setBootRegisters, setCpuid, setLocalApicPins, setMsrs } from "./vcpu-state.js";
+
+/** Why the machine stopped. */
+export type Outcome =
+  | { readonly kind: "power-off" | "reset" | "left" }
+  | { readonly kind: "signal"; readonly signal: NodeJS.Signals };
+
+/** Sent to a vCPU's thread to bring it out of KVM_RUN. run-guest.ts installs a handler that does nothing. */
+export const KICK_SIGNAL = "SIGUSR2";
+const KICK_SIGNAL_NUMBER = 12;
+/** A kick that came between two looks at the stop word is repeated. */
+const KICK_PERIOD_MS = 50;
+
+export interface MachineConfig {
+  readonly cpus: number;
+  readonly ram: RamDescription;
+  readonly engine: EngineState;
+  /** File number of the VFIO container behind each DMA domain. */
+  readonly containerFds: readonly number[];
+  readonly cpuid: (apicId: number) => readonly CpuidEntry[];
+  readonly registers: BootRegisters;
+  /** The guest wrote to the serial port. */
+  readonly onSerialOutput: () => void;
+}
+
+interface RunningVcpu {
+  readonly worker: Worker;
+  readonly fd: number;
+  readonly run: RunArea;
+  readonly control: SharedArrayBuffer;
+  readonly slowExits: SharedArrayBuffer;
+  readonly ended: Promise<VcpuEnd>;
+}
+
+export class Machine implements PciMachine {
+  readonly ports = new IoBus();
+  private readonly mmio = new IoBus();
+  private readonly serialState = newSerialState();
+  private readonly configAddress = newConfigAddress();
+  readonly serial: Serial;
+  private vcpus: RunningVcpu[] = [];
+  private stopped: ((outcome: Outcome | Error) => void) | undefined;
+
+  constructor(
+    private readonly kvm: Kvm,
+    readonly vm: Vm,
+  ) {
+    vm.createInterruptControllers(KVM_TSS_GPA, KVM_IDENTITY_MAP_GPA);
+    this.serial = new Serial(this.serialState, irqLine(vm.fd, COM1_GSI), () => undefined);
+  }
+
+  // What PCI devices ask of the machine.
+  addMemslot(gpa: Gpa, bytes: number, hva: Hva): number {
+    return this.vm.addMemslot(gpa, bytes, hva);
+  }
+  removeMemslot(slot: number): void {
+    this.vm.removeMemslot(slot);
+  }
+  addMmio(gpa: Gpa, bytes: number, handler: IoHandler): void {
+    this.mmio.add(gpa, bytes, handler);
+  }
+  removeMmio(gpa: Gpa): void {
+    this.mmio.remove(gpa);
+  }
+  addPio(port: number, count: number, handler: IoHandler): void {
+    this.ports.add(port, count, handler);
+  }
+  removePio(port: number): void {
+    this.ports.remove(port);
+  }
+  allocateGsi(): number {
+    return this.vm.allocateGsi();
+  }
+  freeGsi(gsi: number): void {
+    this.vm.freeGsi(gsi);
+  }
+  setMsiRoute(gsi: number, addressLo: number, addressHi: number, data: number): void {
+    this.vm.setMsiRoute(gsi, addressLo, addressHi, data);
+  }
+  clearRoute(gsi: number): void {
+    this.vm.clearMsiRoute(gsi);
+  }
+  irqfd(gsi: number, eventfd: number, assign: boolean, resampleFd?: number): void {
+    this.vm.irqfd(gsi, eventfd, assign, resampleFd);
+  }
+  intxGsi(slot: number, pin: number): number {
+    return gsiOfPin(slot, pin - 1);
+  }
+
+  /**
+   * Runs the guest until it powers off, resets, or stop() is called; then no vCPU runs any more. Throws a VmmError
+   * when the guest cannot go on.
+   */
+  async run(config: MachineConfig): Promise<Outcome> {
+    const end = new Promise<Outcome | Error>((resolve) => {
+      this.stopped = resolve;
+    });
+    try {
+      // All vCPUs exist before the first runs: the guest's first look at the others finds them there.
+      const fds = Array.from({ length: config.cpus }, (_, index) => this.createVcpu(index, config));
+      this.vcpus = fds.map((fd, index) => this.startVcpu(index, fd, config));
+      const outcome = await end;
+      if (outcome instanceof Error) throw outcome;
+      return outcome;
+    } finally {
+      await this.stopVcpus();
+    }
+  }
+
+  /** Ends run() with this outcome. The first call wins. */
+  stop(outcome: Outcome): void {
+    this.stopped?.(outcome);
+  }
+
+  /** Exits to this program so far: vcpus/N/exits/KIND. */
+  *exitStatistics(): Iterable<readonly [string, number]> {
+    for (const [index, { control }] of this.vcpus.entries()) {
+      const counters = exitCounters(control);
+      for (const [kind, name] of EXIT_KINDS.entries())
+        yield [`vcpus/${index}/exits/${name}`, counters[kind]!];
+    }
+  }
+
+  private createVcpu(index: number, config: MachineConfig): number {
+    const fd = this.vm.createVcpu(index);
+    setCpuid(fd, config.cpuid(index));
+    setMsrs(fd);
+    setLocalApicPins(fd);
+    if (index === 0) setBootRegisters(fd, config.registers);
+    return fd;
+  }
+
+  private startVcpu(index: number, fd: number, config: MachineConfig): RunningVcpu {
+    const runBytes = this.kvm.runBytes();
+    // Never unmapped: buffers over it may outlive the vCPU, and it is three pages.
+    const runAddress = mmapShared(fd, runBytes, 0, PROT_READ | PROT_WRITE);
+    const control = newVcpuControl();
+    const slowExits = newSlowExitLane();
+    const job: VcpuJob = {
+      index,
+      vmFd: this.vm.fd,
+      vcpuFd: fd,
+      runAddress,
+      runBytes,
+      ram: config.ram,
+      engine: config.engine,
+      containerFds: config.containerFds,
+      serial: this.serialState,
+      configAddress: this.configAddress,
+      slowExits,
+      control,
+    };
+    const worker = new Worker(new URL("./vcpu.js", import.meta.url), { workerData: job });
+    const ended = new Promise<VcpuEnd>((resolve) => {
+      let end: VcpuEnd = { kind: "failed", why: "its thread ended without a word" };
+      worker.on("message", (message: VcpuMessage) => {
+        if (message === RING_SLOW_EXIT) this.serveSlowExit(slowExits);
+        else if (message === RING_SERIAL) config.onSerialOutput();
+        else {
+          end = message;
+          this.vcpuEnded(index, end);
+        }
+      });
+      worker.on("error", (error) => {
+        end = { kind: "failed", why: error.message };
+        this.vcpuEnded(index, end);
+      });
+      worker.on("exit", () => resolve(end));
+    });
+    return { worker, fd, run: new RunArea(runAddress, runBytes), control, slowExits, ended };
+  }
+
+  private vcpuEnded(index: number, end: VcpuEnd): void {
+    if (end.kind === "triple-fault") {
+      const at = `rip 0x${end.rip.toString(16)}`;
+      this.stopped?.(
+        new VmmError(`guest: triple fault on vCPU ${index} (${at}); it cannot go on, its console says why`),
+      );
+    } else if (end.kind === "failed") this.stopped?.(new VmmError(`vCPU ${index}: ${end.why}`));
+  }
+
+  private serveSlowExit(lane: SharedArrayBuffer): void {
+    try {
+      serveSlowExit(lane, (kind: SlowAccess, address, bytes, low, high) => {
+        const bus = kind === "pio-read" || kind === "pio-write" ? this.ports : this.mmio;
+        if (kind === "pio-read" || kind === "mmio-read") return bus.read(address, bytes);
+        bus.write(address, bytes, low, high);
+        return [0, 0];
+      });
+    } catch (error) {
+      this.stopped?.(error instanceof Error ? error : new Error(String(error)));
+    }
+  }
+
+  /** Brings every vCPU out of the guest and its thread to an end. */
+  private async stopVcpus(): Promise<void> {
+    const kick = () => {
+      for (const { control, run } of this.vcpus) {
+        const words = controlWords(control);
+        Atomics.store(words, CONTROL_STOP, 1);
+        run.immediateExit = 1;
+        const tid = Atomics.load(words, CONTROL_TID);
+        if (tid !== 0) signalThread(tid, KICK_SIGNAL_NUMBER);
+      }
+    };
+    kick();
+    const again = setInterval(kick, KICK_PERIOD_MS);
+    await Promise.all(this.vcpus.map((vcpu) => vcpu.ended));
+    clearInterval(again);
+    for (const { fd } of this.vcpus) closeSync(fd);
+  }
+}

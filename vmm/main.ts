@@ -1,0 +1,38 @@
+#!/usr/bin/env node
+// The command: reads the command line, runs the guest, turns whatever goes wrong into one line and an exit status.
+
+import { readFileSync } from "node:fs";
+import { SystemError, UsageError, VmmError } from "./errors.js";
+import { HELP, parseCommandLine } from "./options.js";
+import { runGuest } from "./run-guest.js";
+
+/** Runs the command with the arguments after its name; resolves to the exit status. */
+async function main(args: readonly string[]): Promise<number> {
+  const command = parseCommandLine(args);
+  if ("run" in command) return runGuest(command.run);
+  process.stdout.write(command.print === "help" ? HELP : `vmm ${version()}\n`);
+  return 0;
+}
+
+function version(): string {
+  const text = readFileSync(new URL("../package.json", import.meta.url), "utf8");
+  return (JSON.parse(text) as { version: string }).version;
+}
+
+/** One line for the user, and the exit status. */
+function report(error: unknown): number {
+  const message = error instanceof Error ? error.message : String(error);
+  const expected = error instanceof UsageError || error instanceof VmmError || error instanceof SystemError;
+  process.stderr.write(`vmm: ${expected ? "" : "internal error: "}${message.replaceAll("\n", " ")}\n`);
+  if (!expected && process.env.PVDMA_DEBUG !== undefined) console.error(error);
+  return error instanceof UsageError ? 2 : 1;
+}
+
+main(process.argv.slice(2)).then(
+  (status) => {
+    process.exitCode = status;
+  },
+  (error: unknown) => {
+    process.exitCode = report(error);
+  },
+);

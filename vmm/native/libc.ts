@@ -1,0 +1,169 @@
+// The C library as the VMM uses it: the system calls Node has no function for. The only place koffi is used.
+// Failing calls return -errno, as the kernel does, so that hot paths need neither exceptions nor a second look.
+
+import koffi from "koffi";
+import { type Hva, hva } from "../../hypercalls/addresses.js";
+import { SystemError } from "../errors.js";
+
+const c = koffi.load(null);
+const cIoctl = c.func("ioctl", "int", ["int", "ulong", "uintptr_t"]) as (
+  fd: number,
+  request: number,
+  arg: number,
+) => number;
+const cIoctlStruct = c.func("ioctl", "int", ["int", "ulong", "void *"]) as (
+  fd: number,
+  request: number,
+  arg: ArrayBufferView,
+) => number;
+const cMmap = c.func("mmap", "uintptr_t", ["uintptr_t", "size_t", "int", "int", "int", "int64_t"]) as (
+  address: number,
+  bytes: number,
+  protection: number,
+  flags: number,
+  fd: number,
+  offset: number,
+) => number;
+const cMunmap = c.func("munmap", "int", ["uintptr_t", "size_t"]) as (
+  address: number,
+  bytes: number,
+) => number;
+const cMadvise = c.func("madvise", "int", ["uintptr_t", "size_t", "int"]) as (
+  a: number,
+  b: number,
+  c: number,
+) => number;
+const cMemfdCreate = c.func("memfd_create", "int", ["str", "uint"]) as (
+  name: string,
+  flags: number,
+) => number;
+const cEventfd = c.func("eventfd", "int", ["uint", "int"]) as (initial: number, flags: number) => number;
+const cGettid = c.func("gettid", "int", []) as () => number;
+const cTgkill = c.func("tgkill", "int", ["int", "int", "int"]) as (
+  pid: number,
+  tid: number,
+  signal: number,
+) => number;
+const cFallocate = c.func("fallocate", "int", ["int", "int", "int64_t", "int64_t"]) as (
+  fd: number,
+  mode: number,
+  offset: number,
+  bytes: number,
+) => number;
+const cRlimit = koffi.struct("rlimit", { rlim_cur: "uint64_t", rlim_max: "uint64_t" });
+interface Rlimit {
+  rlim_cur: number | bigint;
+  rlim_max: number | bigint;
+}
+const cGetrlimit = c.func("getrlimit", "int", ["int", koffi.out(koffi.pointer(cRlimit))]) as (
+  r: number,
+  out: Rlimit,
+) => number;
+const cSetrlimit = c.func("setrlimit", "int", ["int", koffi.pointer(cRlimit)]) as (
+  r: number,
+  limits: Rlimit,
+) => number;
+
+export const PROT_READ = 1;
+export const PROT_WRITE = 2;
+export const MAP_SHARED = 1;
+export const MAP_NORESERVE = 0x4000;
+export const MADV_DONTDUMP = 16;
+const MAP_FAILED = 2 ** 64;
+const MFD_CLOEXEC = 1;
+const EFD_CLOEXEC = 0o2000000;
+const EFD_NONBLOCK = 0o4000;
+const FALLOC_FL_KEEP_SIZE = 1;
+const FALLOC_FL_PUNCH_HOLE = 2;
+const RLIMIT_NOFILE = 7;
+const RLIMIT_MEMLOCK = 8;
+
+const codeOf = new Map(Object.entries(koffi.os.errno).map(([code, number]) => [number, code]));
+
+/** The symbolic name of an errno, "ENOMEM" for 12. */
+export const errnoName = (errno: number): string => codeOf.get(errno) ?? `errno ${errno}`;
+
+/** Throws a SystemError when `result` is a -errno; returns it otherwise. */
+export function check(call: string, result: number): number {
+  if (result < 0) throw new SystemError(call, -result, errnoName(-result));
+  return result;
+}
+
+/** ioctl with an integer or an address in native memory as argument: result, or -errno. Allocates nothing. */
+export function ioctl(fd: number, request: number, arg: number): number {
+  const result = cIoctl(fd, request, arg);
+  return result < 0 ? -koffi.errno() : result;
+}
+
+/**
+ * ioctl with a structure in a JavaScript buffer: result, or -errno. The buffer must be at least as large as the
+ * structure the request number names and stay alive until the call returns (the kernel keeps no pointer to it).
+ */
+export function ioctlStruct(fd: number, request: number, struct: ArrayBufferView): number {
+  const result = cIoctlStruct(fd, request, struct);
+  return result < 0 ? -koffi.errno() : result;
+}
+
+/**
+ * Where a JavaScript buffer's bytes are, for structures that point to others. The caller keeps the buffer reachable
+ * until the kernel is done; V8 does not move it.
+ */
+export const addressOf = (view: ArrayBufferView): Hva => hva(Number(koffi.address(view)));
+
+/** mmap of a file, shared, at an address of the kernel's choosing. `bytes` and `offset` whole pages. Throws. */
+export function mmapShared(fd: number, bytes: number, offset: number, protection: number, flags = 0): Hva {
+  const address = cMmap(0, bytes, protection, MAP_SHARED | flags, fd, offset);
+  if (address >= MAP_FAILED - 4096) check("mmap", -koffi.errno());
+  return hva(address);
+}
+
+/** Views of the range must not be used afterwards: the engine does not know that they dangle. */
+export function munmap(address: Hva, bytes: number): void {
+  if (cMunmap(address, bytes) < 0) check("munmap", -koffi.errno());
+}
+
+/** Best effort: 0 or -errno. */
+export const madvise = (address: Hva, bytes: number, advice: number): number =>
+  cMadvise(address, bytes, advice) < 0 ? -koffi.errno() : 0;
+
+/** An anonymous file in memory; the name shows in /proc/PID/maps. Throws. */
+export function memfdCreate(name: string): number {
+  const fd = cMemfdCreate(name, MFD_CLOEXEC);
+  return fd < 0 ? check("memfd_create", -koffi.errno()) : fd;
+}
+
+/** A non-blocking event counter of 0. Throws. */
+export function eventfd(): number {
+  const fd = cEventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  return fd < 0 ? check("eventfd", -koffi.errno()) : fd;
+}
+
+/** Gives a file's range back to the system; it reads as zeroes afterwards. Throws. */
+export function punchHole(fd: number, offset: number, bytes: number): void {
+  if (cFallocate(fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, bytes) < 0) {
+    check("fallocate", -koffi.errno());
+  }
+}
+
+/** The kernel's id of the calling thread. */
+export const gettid = (): number => cGettid();
+
+/** Sends a signal to one thread of this process: 0 or -errno. */
+export const signalThread = (tid: number, signal: number): number =>
+  cTgkill(process.pid, tid, signal) < 0 ? -koffi.errno() : 0;
+
+/** Raises the soft limit of open files to the hard one: one file per interrupt vector adds up. */
+export function raiseOpenFilesLimit(): void {
+  const limits: Rlimit = { rlim_cur: 0, rlim_max: 0 };
+  if (cGetrlimit(RLIMIT_NOFILE, limits) === 0) {
+    cSetrlimit(RLIMIT_NOFILE, { rlim_cur: limits.rlim_max, rlim_max: limits.rlim_max });
+  }
+}
+
+/** The soft limit of locked memory in bytes; Infinity where there is none. */
+export function lockedMemoryLimitBytes(): number {
+  const limits: Rlimit = { rlim_cur: 0, rlim_max: 0 };
+  if (cGetrlimit(RLIMIT_MEMLOCK, limits) !== 0) return Number.POSITIVE_INFINITY;
+  const soft = Number(limits.rlim_cur);
+  return soft >= 2 ** 63 ? Number.POSITIVE_INFINITY : soft;
+}

@@ -1,0 +1,297 @@
+// From options to a running guest and back to nothing: the one place that knows the order of things. What can be
+// checked is checked before anything is touched, and everything is undone in reverse, however the guest ends.
+
+import { closeSync, openSync } from "node:fs";
+import { createEngineState, Engine, type EngineConfig, type EngineState } from "../hypercalls/engine.js";
+import { acpiTables, PCI_IO_WINDOW } from "./boot/acpi.js";
+import { physicalBits, vcpuCpuid } from "./boot/cpuid.js";
+import { type BootImages, loadBootImages } from "./boot/image.js";
+import { ECAM, type GpaRange, type MemoryPlan, planMemory } from "./boot/layout.js";
+import { type BootWrite, prepareLinux } from "./boot/linux.js";
+import { Console } from "./devices/console.js";
+import { addPowerPorts } from "./devices/power.js";
+import { VmmError } from "./errors.js";
+import { createRam, GuestMemory, type RamDescription, ramBytes } from "./guest-memory.js";
+import { type CpuidEntry, Kvm } from "./kvm.js";
+import { KICK_SIGNAL, Machine, type Outcome } from "./machine.js";
+import { errnoName, lockedMemoryLimitBytes, raiseOpenFilesLimit } from "./native/libc.js";
+import type { Options } from "./options.js";
+import { PciBus } from "./pci/bus.js";
+import { VfioPciFunction } from "./pci/vfio-pci.js";
+import { defaultStatsDir, StatsDirectory } from "./stats-dir.js";
+import { CONSTANT } from "./sys/kvm.js";
+import { type Assignment, OpenAssignments, prepareAssignments } from "./vfio/assign.js";
+import { VfioBackend } from "./vfio/container.js";
+import { parseBdf } from "./vfio/sysfs.js";
+
+/** Signals that end the guest in good order. */
+const END_SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
+
+/** An assigned device with the options that are about its DMA. */
+interface AssignedDevice {
+  readonly assignment: Assignment;
+  readonly options: Options["assignments"][number];
+}
+
+/** What stays the same when the guest reboots. */
+interface Guest {
+  readonly options: Options;
+  readonly kvm: Kvm;
+  readonly devices: readonly AssignedDevice[];
+  readonly images: BootImages;
+  readonly plan: MemoryPlan;
+  readonly supportedCpuid: readonly CpuidEntry[];
+  readonly ram: RamDescription;
+  readonly memory: GuestMemory;
+  readonly stats: Statistics;
+}
+
+const warn = (line: string): void => {
+  process.stderr.write(`vmm: ${line}\n`);
+};
+
+/** Things to undo, last first; what fails is reported and the rest goes on. */
+class Cleanup {
+  private readonly steps: (() => void)[] = [];
+
+  add(step: () => void): void {
+    this.steps.push(step);
+  }
+
+  run(): void {
+    for (const step of this.steps.reverse()) {
+      try {
+        step();
+      } catch (error) {
+        warn(`while ending: ${error instanceof Error ? error.message : String(error)}`);
+      }
+    }
+  }
+}
+
+/** The numbers of the machine that runs now; they outlive it, so that the last values can be read. */
+class Statistics {
+  private engine: Engine | undefined;
+  private machine: Machine | undefined;
+  /** Counters go on over a reboot. */
+  lanes: SharedArrayBuffer | undefined;
+
+  constructor(private readonly guestRamBytes: number) {}
+
+  show(engine: Engine, state: EngineState, machine: Machine): void {
+    this.engine = engine;
+    this.lanes = state.lanes;
+    this.machine = machine;
+  }
+
+  *read(): Iterable<readonly [string, number]> {
+    yield ["memory/ram_bytes", this.guestRamBytes];
+    if (this.engine !== undefined) yield* this.engine.stats();
+    if (this.machine !== undefined) yield* this.machine.exitStatistics();
+  }
+}
+
+/** Runs the guest that the options describe until it ends for good; resolves to the exit status. */
+export async function runGuest(options: Options): Promise<number> {
+  const cleanup = new Cleanup();
+  try {
+    // 1. Look at everything that can be wrong without touching it.
+    const assignments = prepareAssignments(
+      options.assignments.map((each) => ({
+        bdf: parseBdf(each.bdf),
+        ...(each.guestSlot === undefined ? {} : { guestSlot: each.guestSlot }),
+        domain: each.ownDomain ? each.bdf : each.policy,
+      })),
+    );
+    const devices = assignments.map((assignment, i) => ({ assignment, options: options.assignments[i]! }));
+    const images = loadBootImages(options);
+
+    // 2. KVM, and where everything goes in the guest's address space.
+    const kvm = Kvm.open();
+    cleanup.add(() => kvm.close());
+    const supportedCpuid = kvm.supportedCpuid();
+    const plan = planMemory({ memoryBytes: options.memoryBytes, physicalBits: physicalBits(supportedCpuid) });
+    acpiTables(options.cpus, plan);
+
+    // 3. Guest RAM. It stays mapped until the process ends.
+    const ram = createRam(plan.ram);
+    cleanup.add(() => closeSync(ram.fd));
+
+    raiseOpenFilesLimit();
+    const stats = new Statistics(ramBytes(ram));
+    const statsDir = options.statsDir ?? defaultStatsDir(process.env, process.pid);
+    const directory = new StatsDirectory(statsDir, options.statsDir !== undefined, () => stats.read());
+    cleanup.add(() => directory.close());
+    if (options.stats) cleanup.add(() => printStatistics(stats));
+
+    const guest: Guest = {
+      options,
+      kvm,
+      devices,
+      images,
+      plan,
+      supportedCpuid,
+      ram,
+      memory: new GuestMemory(ram),
+      stats,
+    };
+    for (;;) {
+      const outcome = await runMachine(guest);
+      if (outcome.kind === "signal") {
+        warn(`ended by ${outcome.signal}`);
+        return 1;
+      }
+      if (outcome.kind !== "reset" || !options.reboot) return 0;
+      guest.memory.clear();
+    }
+  } finally {
+    cleanup.run();
+  }
+}
+
+function printStatistics(stats: Statistics): void {
+  for (const [name, value] of stats.read()) process.stderr.write(`${name} ${value}\n`);
+}
+
+/** One life of the machine, from power-on to power-off or reset. Nothing of it is left afterwards. */
+async function runMachine(guest: Guest): Promise<Outcome> {
+  const { options, kvm, devices, plan, ram } = guest;
+  const cleanup = new Cleanup();
+  try {
+    // 4. The VM, its memory, its interrupt controllers.
+    const vm = kvm.createVm();
+    cleanup.add(() => vm.close());
+    const machine = new Machine(kvm, vm);
+    for (const piece of ram.slots) vm.addMemslot(piece.gpa, piece.bytes, piece.hva);
+    addPowerPorts(
+      machine,
+      () => machine.stop({ kind: "power-off" }),
+      () => machine.stop({ kind: "reset" }),
+    );
+
+    // 5. The IOMMU: containers and groups. KVM is told before a device is opened.
+    const opened = OpenAssignments.open(devices.map((device) => device.assignment));
+    cleanup.add(() => opened.close());
+    for (const group of opened.groups) vm.addVfioGroup(group.fd);
+
+    // 6. The mapping engine over them. Nothing is mapped, but for devices that get all of RAM.
+    const config = engineConfig(guest, opened);
+    const fresh = createEngineState(config);
+    const state = guest.stats.lanes === undefined ? fresh : { ...fresh, lanes: guest.stats.lanes };
+    const containerFds = [...opened.containers.values()].map((container) => container.fd);
+    const engine = new Engine(state, (domain) => new VfioBackend(containerFds[domain]!), options.cpus);
+    cleanup.add(() => {
+      const stuck = engine.close();
+      if (stuck > 0) warn(`${stuck} mappings could not be undone; they end with this process`);
+    });
+    guest.stats.show(engine, state, machine);
+    mapPinned(engine);
+
+    // 7. The devices, reset, on the guest's PCI bus.
+    const bus = new PciBus(machine, pciLayout(plan), warn);
+    cleanup.add(() => bus.close());
+    for (const [i, device] of opened.openDevices().entries()) {
+      const slot = devices[i]!.assignment.guestSlot;
+      bus.add(slot, new VfioPciFunction(device, machine, bus.decoder, slot, warn));
+    }
+    bus.start();
+
+    // 8. Kernel, initrd and tables into memory.
+    const acpi = acpiTables(options.cpus, plan);
+    const start = prepareLinux(guest.images, plan, acpi.rsdp);
+    for (const write of [...start.writes, ...acpi.writes]) load(guest.memory, write);
+
+    // 9. The vCPUs run, the terminal is the guest's.
+    const terminal = new Console(process.stdin, process.stdout, () => machine.stop({ kind: "left" }));
+    terminal.attach(machine.serial);
+    cleanup.add(() => terminal.detach());
+    const undoSignals = onSignals((signal) => machine.stop({ kind: "signal", signal }));
+    cleanup.add(undoSignals);
+    const tscDeadline = kvm.capability(CONSTANT.KVM_CAP_TSC_DEADLINE_TIMER) > 0;
+    return await machine.run({
+      cpus: options.cpus,
+      ram,
+      engine: state,
+      containerFds,
+      cpuid: (apicId) => vcpuCpuid(guest.supportedCpuid, { apicId, cpus: options.cpus, tscDeadline }),
+      registers: start.registers,
+      onSerialOutput: () => terminal.pump(),
+    });
+  } finally {
+    cleanup.run();
+  }
+}
+
+function engineConfig(guest: Guest, opened: OpenAssignments): EngineConfig {
+  const labels = [...opened.containers.keys()];
+  const policyOf = (label: string) =>
+    guest.devices.find((device) => device.assignment.domain === label)!.options.policy;
+  return {
+    ram: guest.ram.slots.map(({ gpa, bytes, hva }) => ({ gpa, bytes, hva })),
+    domains: [...opened.containers].map(([label, container]) => ({
+      kind: policyOf(label) === "pinned" ? "identity" : "translated",
+      limits: container.limits(),
+    })),
+    devices: guest.devices.map(({ assignment, options }) => ({
+      bdf: assignment.guestSlot << 3,
+      policy: options.policy,
+      domain: labels.indexOf(assignment.domain),
+      addressBits: addressBits(opened.containerOf(assignment).limits().ranges),
+    })),
+    quotaBytes: 0,
+    lanes: guest.options.cpus + 1,
+  };
+}
+
+/** Bits of an IOVA: those of the last address the IOMMU translates. */
+function addressBits(ranges: readonly { readonly last: number }[]): number {
+  const last = Math.max(0, ...ranges.map((range) => range.last));
+  return Math.ceil(Math.log2(last + 1));
+}
+
+/** Pins and maps all of RAM for the devices whose policy says so. */
+function mapPinned(engine: Engine): void {
+  const failure = engine.mapIdentity();
+  if (failure === undefined) return;
+  const limit = lockedMemoryLimitBytes();
+  const advice =
+    errnoName(failure.errno) === "ENOMEM" && Number.isFinite(limit)
+      ? `the limit of locked memory is ${limit} bytes: raise it (ulimit -l) or use --dma strict`
+      : "use --dma strict, which pins only what is in use";
+  throw new VmmError(
+    `--dma pinned: ${failure.bytes} bytes of RAM at gpa 0x${failure.gpa.toString(16)} cannot be pinned and mapped ` +
+      `(${errnoName(failure.errno)}); ${advice}`,
+  );
+}
+
+function pciLayout(plan: MemoryPlan): ConstructorParameters<typeof PciBus>[1] {
+  const window = ({ gpa, bytes }: GpaRange) => ({ first: gpa, last: gpa + bytes - 1 });
+  return { ecam: ECAM.gpa, mmio32: window(plan.mmio32), mmio64: window(plan.mmio64), io: PCI_IO_WINDOW };
+}
+
+function load(memory: GuestMemory, write: BootWrite): void {
+  if ("data" in write) {
+    memory.write(write.gpa, write.data);
+    return;
+  }
+  const { path, fileOffset, bytes } = write.extent;
+  const file = openSync(path, "r");
+  try {
+    memory.load(write.gpa, file, fileOffset, bytes);
+  } catch (error) {
+    throw new VmmError(`${path}: changed while it was read (${(error as Error).message}); start again`);
+  } finally {
+    closeSync(file);
+  }
+}
+
+/** Calls `end` on a signal that asks to end; returns what undoes it. The kick of vCPUs needs a handler as well. */
+function onSignals(end: (signal: NodeJS.Signals) => void): () => void {
+  const kicked = () => undefined;
+  process.on(KICK_SIGNAL, kicked);
+  for (const signal of END_SIGNALS) process.on(signal, end);
+  return () => {
+    process.off(KICK_SIGNAL, kicked);
+    for (const signal of END_SIGNALS) process.off(signal, end);
+  };
+}

@@ -1,0 +1,129 @@
+// From --assign to open devices, in three steps: validate everything (sysfs only), open containers and groups, open the
+// devices. KVM has to be told of the groups between the last two. A failure closes whatever was open.
+
+import { VmmError } from "../errors.js";
+import { SLOTS } from "../pci/bus.js";
+import { VfioContainer, VfioGroup } from "./container.js";
+import type { VfioDevice } from "./device.js";
+import { assignableGroup, type Bdf } from "./sysfs.js";
+
+export interface AssignRequest {
+  readonly bdf: Bdf;
+  /** 1 to 31; the lowest that is free when absent. */
+  readonly guestSlot?: number;
+  /** Devices with the same label share an IOMMU domain. For one of its own, use the BDF. */
+  readonly domain?: string;
+}
+
+/** A request that can be met, as far as sysfs knows. */
+export interface Assignment {
+  readonly bdf: Bdf;
+  /** IOMMU group. */
+  readonly group: number;
+  readonly guestSlot: number;
+  readonly domain: string;
+}
+
+const SHARED_DOMAIN = "shared";
+
+/** Checks all requests before anything is touched. Throws a VmmError for the first that cannot be met. */
+export function prepareAssignments(
+  requests: readonly AssignRequest[],
+  options: { readonly sysfs?: string; readonly takenSlots?: ReadonlySet<number> } = {},
+): Assignment[] {
+  const owner = new Map<number, string>(
+    [...(options.takenSlots ?? [])].map((slot) => [slot, "another device"]),
+  );
+  const seen = new Set<Bdf>();
+  for (const { bdf, guestSlot } of requests) {
+    if (seen.has(bdf)) throw new VmmError(`${bdf}: assigned twice; name each device once`);
+    seen.add(bdf);
+    if (guestSlot === undefined) continue;
+    if (!Number.isInteger(guestSlot) || guestSlot < 1 || guestSlot >= SLOTS) {
+      throw new VmmError(`${bdf}: guest slot ${guestSlot} is out of range; use 1 to ${SLOTS - 1}`);
+    }
+    const other = owner.get(guestSlot);
+    if (other !== undefined)
+      throw new VmmError(`${bdf}: guest slot ${guestSlot} is taken by ${other}; use another`);
+    owner.set(guestSlot, bdf);
+  }
+
+  const domainOf = new Map<number, { readonly bdf: Bdf; readonly domain: string }>();
+  return requests.map((request) => {
+    const { bdf, domain = SHARED_DOMAIN } = request;
+    const group = assignableGroup(bdf, options.sysfs);
+    const first = domainOf.get(group) ?? { bdf, domain };
+    domainOf.set(group, first);
+    if (first.domain !== domain) {
+      throw new VmmError(
+        `${bdf}: shares IOMMU group ${group} with ${first.bdf}, so both have to be in one domain; give them the same policy and domain`,
+      );
+    }
+    const guestSlot = request.guestSlot ?? freeSlot(owner, bdf);
+    owner.set(guestSlot, bdf);
+    return { bdf, group, guestSlot, domain };
+  });
+}
+
+function freeSlot(owner: ReadonlyMap<number, string>, bdf: Bdf): number {
+  for (let slot = 1; slot < SLOTS; slot++) if (!owner.has(slot)) return slot;
+  throw new VmmError(`${bdf}: the guest's PCI bus is full (${SLOTS - 1} devices); assign fewer`);
+}
+
+export class OpenAssignments {
+  private readonly byLabel = new Map<string, VfioContainer>();
+  private readonly byNumber = new Map<number, VfioGroup>();
+  private devices: VfioDevice[] = [];
+
+  private constructor(private readonly assignments: readonly Assignment[]) {}
+
+  /** Opens the containers and groups below `dev` (/dev), but no device yet. Throws a VmmError. */
+  static open(assignments: readonly Assignment[], options: { readonly dev?: string } = {}): OpenAssignments {
+    const opened = new OpenAssignments(assignments);
+    try {
+      for (const { bdf, group: number, domain } of assignments) {
+        if (opened.byNumber.has(number)) continue;
+        const container = opened.byLabel.get(domain) ?? VfioContainer.open(options.dev);
+        opened.byLabel.set(domain, container);
+        const group = VfioGroup.open(number, bdf, options.dev);
+        opened.byNumber.set(number, group);
+        container.attach(group.fd, bdf);
+      }
+      return opened;
+    } catch (error) {
+      opened.close();
+      throw error;
+    }
+  }
+
+  /** By domain label. */
+  get containers(): ReadonlyMap<string, VfioContainer> {
+    return this.byLabel;
+  }
+
+  /** Each once; KVM wants their fds. */
+  get groups(): readonly VfioGroup[] {
+    return [...this.byNumber.values()];
+  }
+
+  containerOf(assignment: Assignment): VfioContainer {
+    return this.byLabel.get(assignment.domain)!;
+  }
+
+  /** Opens the devices, in the order of the assignments. Throws a VmmError; close() then still has to be called. */
+  openDevices(): readonly VfioDevice[] {
+    for (const { bdf, group } of this.assignments)
+      this.devices.push(this.byNumber.get(group)!.openDevice(bdf));
+    return this.devices;
+  }
+
+  /** Closes devices that are still open, then groups and containers, and with them every mapping. */
+  close(): void {
+    for (const device of this.devices) device.close();
+    for (const group of this.byNumber.values()) group.close();
+    for (const container of this.byLabel.values()) container.close();
+    this.devices = [];
+    this.byNumber.clear();
+    this.byLabel.clear();
+  }
+}
