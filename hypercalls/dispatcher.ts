@@ -1,0 +1,120 @@
+// From a call frame to the engine and back. It decodes registers, reads the call page once into memory of its own,
+// and counts; what the values mean is checked in engine.ts. A frame is a Float64Array: [0] the call number in and
+// the status out, [1] to [5] arguments and results in the order of FRAME_REGISTERS.
+
+import { CALLS, LIMITS, STATUS } from "./abi.js";
+import { gpa, MAX_EXACT, PAGE_BYTES } from "./addresses.js";
+import type { Engine } from "./engine.js";
+import type { GuestMemory } from "./guest-ram.js";
+import { REFUSED } from "./stats.js";
+import { ERRNO, INVALID_EINVAL, OK, status } from "./status.js";
+
+const INVALID_CPL = status(STATUS.invalid, ERRNO.EPERM);
+const INVALID_CALL = status(STATUS.invalid, ERRNO.ENOSYS);
+const INVALID_COUNT = status(STATUS.invalid, ERRNO.E2BIG);
+const INVALID_NOT_RAM = status(STATUS.invalid, ERRNO.EFAULT);
+
+/** Numbers in a frame. */
+export const FRAME_WORDS = 6;
+
+/** Services the calls of one vCPU, on its thread. */
+export class Dispatcher {
+  readonly #engine: Engine;
+  readonly #memory: GuestMemory;
+  /** This thread's copy of the call page: what was checked is what is used, whatever the guest writes meanwhile. */
+  readonly #page = new Uint32Array(LIMITS.callPageBytes / 4);
+
+  constructor(engine: Engine, memory: GuestMemory) {
+    this.#engine = engine;
+    this.#memory = memory;
+  }
+
+  /**
+   * Does the call in the frame and puts status and results there. Registers that hold 2^53 or more come rounded, as
+   * doubles do. Registers that are not valid with the status keep what they held. `cpl`: the caller's privilege
+   * level; 1 to 3 are refused. Never throws, whatever the frame holds.
+   */
+  dispatch(frame: Float64Array, cpl: number): void {
+    const lane = this.#engine.lane;
+    const call = frame[0]!;
+    // Entries done: valid with every status.
+    const isList = call === CALLS.map_list.number || call === CALLS.unmap_list.number;
+    if (cpl > 0) {
+      lane.refuse(REFUSED.cpl);
+      frame[0] = INVALID_CPL;
+      if (isList) frame[2] = 0;
+      return;
+    }
+    const start = performance.now();
+    const result = isList ? this.#list(call, frame) : this.#single(call, frame);
+    frame[0] = result;
+    if (result === INVALID_CALL) lane.refuse(REFUSED.unknown);
+    else lane.record(call, result, this.#engine.pages, (performance.now() - start) * 1e6);
+  }
+
+  #single(call: number, frame: Float64Array): number {
+    const engine = this.#engine;
+    const out = engine.out;
+    let result: number;
+    switch (call) {
+      case CALLS.map.number:
+        result = engine.map(frame[1]!, frame[2]!, frame[3]!, frame[4]!, frame[5]!);
+        if (result === OK) frame[1] = out[0]!;
+        return result;
+      case CALLS.unmap.number:
+        result = engine.unmap(frame[1]!, frame[2]!, frame[3]!);
+        if (result === OK) frame[1] = out[0]!;
+        return result;
+      case CALLS.is_assigned.number:
+        result = engine.isAssigned(frame[1]!);
+        for (let index = 0; result === OK && index < 3; index++) frame[index + 1] = out[index]!;
+        return result;
+      case CALLS.probe.number:
+        return this.#probe(frame);
+      default:
+        return INVALID_CALL;
+    }
+  }
+
+  #probe(frame: Float64Array): number {
+    const engine = this.#engine;
+    const page = frame[2]!;
+    engine.probe();
+    if (page !== 0) {
+      const checked = this.#checkPage(page);
+      if (checked !== OK) return checked;
+      const ranges = engine.rangeWords;
+      if (!this.#memory.copyOut(gpa(page), ranges.length * 4, ranges)) return INVALID_NOT_RAM;
+      engine.out[4] = (ranges.length * 4) / LIMITS.entryBytes;
+    }
+    frame.set(engine.out, 1);
+    return OK;
+  }
+
+  #list(call: number, frame: Float64Array): number {
+    const engine = this.#engine;
+    const page = frame[2]!;
+    const count = frame[3]!;
+    engine.pages = 0;
+    frame[2] = 0;
+    if (count < 1) return INVALID_EINVAL;
+    if (count > LIMITS.listEntries) return INVALID_COUNT;
+    const checked = this.#checkPage(page);
+    if (checked !== OK) return checked;
+    if (!this.#memory.copyIn(gpa(page), count * LIMITS.entryBytes, this.#page)) return INVALID_NOT_RAM;
+    const result =
+      call === CALLS.map_list.number
+        ? engine.mapList(frame[1]!, this.#page, count, frame[4]!, frame[5]!)
+        : engine.unmapList(frame[1]!, this.#page, count);
+    if (result === OK) frame[1] = engine.out[0]!;
+    frame[2] = engine.out[1]!;
+    return result;
+  }
+
+  /** A call page is a whole page of guest RAM. */
+  #checkPage(page: number): number {
+    if (page > MAX_EXACT) return INVALID_NOT_RAM;
+    if (page % PAGE_BYTES !== 0) return INVALID_EINVAL;
+    return this.#engine.ram.contains(page / PAGE_BYTES, 1) ? OK : INVALID_NOT_RAM;
+  }
+}
