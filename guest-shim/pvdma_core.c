@@ -1,0 +1,346 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0
+/*
+ * The portable half of the guest. Touches memory that it is handed and the host,
+ * through the transport; nothing of an operating system. Address conventions: see
+ * pvdma_core.h.
+ */
+#include "pvdma_core.h"
+
+#ifndef PVDMA_TRANSPORT
+#define PVDMA_TRANSPORT "pvdma_transport_pio.h"
+#endif
+#include PVDMA_TRANSPORT
+
+/* A host of our major that answers with a class we do not know made a mistake. */
+static u32 class_of(u32 status)
+{
+	u32 class = PVDMA_STATUS_CLASS(status);
+
+	return class <= PVDMA_STATUS_GONE ? class : PVDMA_STATUS_INVALID;
+}
+
+static u32 give_up(struct pvdma_counters *counters, u32 status)
+{
+	counters->errors[class_of(status)]++;
+	return status;
+}
+
+/* The call itself, once. */
+static u32 call_once(const struct pvdma_host *host,
+		     struct pvdma_counters *counters, u32 number,
+		     struct pvdma_frame *frame)
+{
+	frame->rax = number;
+	counters->calls[number]++;
+	pvdma_transport_call(host, frame);
+	return (u32)frame->rax;
+}
+
+/* The call, again while the host says retry; the frame is the answer's. */
+static u32 call(const struct pvdma_host *host, struct pvdma_counters *counters,
+		u32 number, struct pvdma_frame *frame, u32 tries)
+{
+	const struct pvdma_frame question = *frame;
+	u32 status;
+
+	for (;;) {
+		status = call_once(host, counters, number, frame);
+		if (class_of(status) != PVDMA_STATUS_RETRY || !--tries)
+			return status;
+		counters->retries++;
+		pvdma_transport_relax();
+		*frame = question;
+	}
+}
+
+enum pvdma_found pvdma_discover(struct pvdma_host *host)
+{
+	const struct pvdma_host none = { 0 };
+	struct pvdma_cpuid leaf;
+	u32 base, highest;
+
+	*host = none;
+	for (base = PVDMA_CPUID_FIRST; base <= PVDMA_CPUID_LAST; base += PVDMA_CPUID_STEP) {
+		leaf = pvdma_transport_cpuid(base + PVDMA_CPUID_LEAF_SIGNATURE);
+		if (leaf.ebx == PVDMA_CPUID_SIGNATURE_EBX &&
+		    leaf.ecx == PVDMA_CPUID_SIGNATURE_ECX &&
+		    leaf.edx == PVDMA_CPUID_SIGNATURE_EDX)
+			break;
+	}
+	if (base > PVDMA_CPUID_LAST)
+		return PVDMA_NO_HOST;
+	highest = leaf.eax;
+	if (highest < base + PVDMA_CPUID_LEAF_INTERFACE)
+		return PVDMA_NO_HOST;
+
+	leaf = pvdma_transport_cpuid(base + PVDMA_CPUID_LEAF_INTERFACE);
+	host->version = leaf.eax;
+	if (host->version >> 16 != PVDMA_ABI_MAJOR)
+		return PVDMA_OTHER_MAJOR;
+	host->features = leaf.ebx;
+	host->port = (u16)leaf.ecx;
+	if (host->features & PVDMA_FEATURE_LIST) {
+		host->list_entries = leaf.edx;
+		if (host->list_entries > PVDMA_LIST_ENTRIES)
+			host->list_entries = PVDMA_LIST_ENTRIES;
+	}
+
+	host->map_pages = PVDMA_MAP_PAGES_MAX;
+	if (highest >= base + PVDMA_CPUID_LEAF_LIMITS) {
+		leaf = pvdma_transport_cpuid(base + PVDMA_CPUID_LEAF_LIMITS);
+		if (leaf.eax)
+			host->map_pages = leaf.eax;
+	}
+	return PVDMA_FOUND;
+}
+
+u32 pvdma_probe(const struct pvdma_host *host, struct pvdma_counters *counters,
+		u64 ranges_gpa, struct pvdma_offer *offer)
+{
+	struct pvdma_frame frame = { .rdi = PVDMA_ABI_VERSION, .rsi = ranges_gpa };
+	u32 status = call(host, counters, PVDMA_CALL_PROBE, &frame, PVDMA_MAP_TRIES);
+
+	if (class_of(status))
+		return give_up(counters, status);
+	offer->version = (u32)frame.rdi;
+	offer->features = (u32)frame.rsi;
+	offer->page_sizes = frame.r8;
+	offer->quota_bytes = frame.r9;
+	offer->iova_ranges = 0;
+	if (ranges_gpa)
+		offer->iova_ranges = frame.r10 < PVDMA_LIST_ENTRIES ?
+				     (u32)frame.r10 : PVDMA_LIST_ENTRIES;
+	return status;
+}
+
+u32 pvdma_is_assigned(const struct pvdma_host *host,
+		      struct pvdma_counters *counters, u32 rid,
+		      struct pvdma_assignment *answer)
+{
+	struct pvdma_frame frame = { .rdi = rid };
+	u32 status = call(host, counters, PVDMA_CALL_IS_ASSIGNED, &frame,
+			  PVDMA_MAP_TRIES);
+
+	if (class_of(status))
+		return give_up(counters, status);
+	answer->handle = (u32)frame.rdi;
+	answer->policy = (u32)frame.rsi & PVDMA_DEVICE_POLICY_MASK;
+	answer->identity = frame.rsi & PVDMA_DEVICE_IDENTITY;
+	answer->iova_bits = (u32)frame.r8;
+	return status;
+}
+
+static void count_made(struct pvdma_counters *counters, u64 pages)
+{
+	counters->pages_mapped += pages;
+	counters->outstanding++;
+}
+
+static void count_undone(struct pvdma_counters *counters, u64 pages)
+{
+	counters->pages_unmapped += pages;
+	counters->outstanding--;
+}
+
+/* Can a device that emits addresses up to iova_max use [iova, bytes)? */
+static bool usable(u64 iova, u64 bytes, u64 iova_max)
+{
+	return iova <= iova_max && bytes - 1 <= iova_max - iova;
+}
+
+u32 pvdma_map(const struct pvdma_host *host, struct pvdma_counters *counters,
+	      u32 handle, u64 gpa, u64 bytes, u64 iova_max, u32 flags,
+	      u64 *iova)
+{
+	struct pvdma_frame frame = {
+		.rdi = handle, .rsi = gpa, .r8 = bytes, .r9 = iova_max, .r10 = flags,
+	};
+	u32 status = call(host, counters, PVDMA_CALL_MAP, &frame, PVDMA_MAP_TRIES);
+
+	if (class_of(status))
+		return give_up(counters, status);
+	count_made(counters, pvdma_pages(gpa, bytes));
+	counters->maps++;
+	if (((frame.rdi ^ gpa) & (PVDMA_PAGE_BYTES - 1)) ||
+	    !usable(frame.rdi, bytes, iova_max)) {
+		pvdma_unmap(host, counters, handle, frame.rdi, bytes);
+		return give_up(counters, PVDMA_STATUS_INVALID);
+	}
+	*iova = frame.rdi;
+	return status;
+}
+
+u32 pvdma_unmap(const struct pvdma_host *host, struct pvdma_counters *counters,
+		u32 handle, u64 iova, u64 bytes)
+{
+	struct pvdma_frame frame = { .rdi = handle, .rsi = iova, .r8 = bytes };
+	u32 status = call(host, counters, PVDMA_CALL_UNMAP, &frame, PVDMA_UNMAP_TRIES);
+
+	if (class_of(status))
+		return give_up(counters, status);
+	count_undone(counters, pvdma_pages(iova, bytes));
+	counters->unmaps++;
+	return status;
+}
+
+void pvdma_list_start(struct pvdma_list *list, struct pvdma_entry *entries,
+		      u32 max_entries, u64 max_pages, u64 boundary)
+{
+	list->entries = entries;
+	list->max_entries = max_entries;
+	list->max_pages = max_pages;
+	list->boundary = boundary;
+	list->count = 0;
+	list->pages = 0;
+	list->bytes = 0;
+}
+
+bool pvdma_list_add(struct pvdma_list *list, u64 gpa, u64 bytes)
+{
+	u64 pages = pvdma_pages(gpa, bytes);
+
+	if (list->count) {
+		/* where it would lie, from the start of the aligned range */
+		u64 first = (list->pages << PVDMA_PAGE_SHIFT) +
+			    (gpa & (PVDMA_PAGE_BYTES - 1));
+		u64 last = first + bytes - 1;
+
+		if (list->count >= list->max_entries ||
+		    list->pages >= list->max_pages ||
+		    pages > list->max_pages - list->pages ||
+		    ((first ^ last) & ~list->boundary))
+			return false;
+	}
+	if (list->entries) {
+		list->entries[list->count].address = gpa;
+		list->entries[list->count].bytes = bytes;
+	}
+	list->count++;
+	list->pages += pages;
+	list->bytes += bytes;
+	return true;
+}
+
+u32 pvdma_map_list(const struct pvdma_host *host,
+		   struct pvdma_counters *counters, u32 handle,
+		   const struct pvdma_list *list, u64 page_gpa, u64 iova_max,
+		   u32 flags, u64 *iova)
+{
+	struct pvdma_frame frame = {
+		.rdi = handle, .rsi = page_gpa, .r8 = list->count, .r9 = iova_max,
+		.r10 = flags,
+	};
+	u64 bytes = list->pages << PVDMA_PAGE_SHIFT;
+	u32 status;
+
+	if (list->count == 1) {
+		status = pvdma_map(host, counters, handle,
+				   list->entries[0].address, list->entries[0].bytes,
+				   iova_max, flags, iova);
+		if (!class_of(status))
+			*iova &= ~(PVDMA_PAGE_BYTES - 1);
+		return status;
+	}
+
+	status = call(host, counters, PVDMA_CALL_MAP_LIST, &frame, PVDMA_MAP_TRIES);
+	if (class_of(status))
+		return give_up(counters, status);
+	count_made(counters, list->pages);
+	counters->map_lists++;
+	if ((frame.rdi & (PVDMA_PAGE_BYTES - 1)) || frame.rsi != list->count ||
+	    !usable(frame.rdi, bytes, iova_max | (PVDMA_PAGE_BYTES - 1))) {
+		pvdma_unmap(host, counters, handle, frame.rdi, bytes);
+		return give_up(counters, PVDMA_STATUS_INVALID);
+	}
+	*iova = frame.rdi;
+	return status;
+}
+
+/* Forgets the first n of count entries. */
+static u32 drop_entries(struct pvdma_entry *entries, u32 count, u32 n)
+{
+	u32 i;
+
+	for (i = n; i < count; i++)
+		entries[i - n] = entries[i];
+	return count - n;
+}
+
+u32 pvdma_unmap_list(const struct pvdma_host *host,
+		     struct pvdma_counters *counters, u32 handle,
+		     struct pvdma_entry *entries, u64 page_gpa, u32 count,
+		     u32 *failed)
+{
+	u32 tries = PVDMA_UNMAP_TRIES;
+	u32 first_bad = PVDMA_STATUS_OK;
+
+	*failed = 0;
+	while (count) {
+		struct pvdma_frame frame = {
+			.rdi = handle, .rsi = page_gpa, .r8 = count,
+		};
+		u32 status = call_once(host, counters, PVDMA_CALL_UNMAP_LIST, &frame);
+		u32 done = frame.rsi < count ? (u32)frame.rsi : count;
+		u32 i;
+
+		for (i = 0; i < done; i++)
+			count_undone(counters, pvdma_pages(entries[i].address,
+							   entries[i].bytes));
+		if (!class_of(status) && done == count) {
+			counters->unmap_lists++;
+			break;
+		}
+		count = drop_entries(entries, count, done);
+		if (class_of(status) == PVDMA_STATUS_RETRY && --tries) {
+			counters->retries++;
+			pvdma_transport_relax();
+			continue;
+		}
+		/* ok, and yet not all: nothing says why */
+		if (!class_of(status))
+			status = PVDMA_STATUS_INVALID;
+		give_up(counters, status);
+		if (!first_bad)
+			first_bad = status;
+		if (count) {
+			(*failed)++;
+			count = drop_entries(entries, count, 1);
+		}
+		tries = PVDMA_UNMAP_TRIES;
+	}
+	return first_bad;
+}
+
+u64 pvdma_place(u64 *cursor, u64 gpa, u64 bytes)
+{
+	u64 iova = *cursor + (gpa & (PVDMA_PAGE_BYTES - 1));
+
+	*cursor += pvdma_pages(gpa, bytes) << PVDMA_PAGE_SHIFT;
+	return iova;
+}
+
+bool pvdma_segment_join(struct pvdma_segment *segment, u64 iova, u64 bytes,
+			u64 max_bytes, u64 boundary)
+{
+	if (segment->iova + segment->bytes != iova ||
+	    segment->bytes > max_bytes || bytes > max_bytes - segment->bytes ||
+	    ((segment->iova ^ (iova + bytes - 1)) & ~boundary))
+		return false;
+	segment->bytes += bytes;
+	return true;
+}
+
+const char *pvdma_status_name(u32 status)
+{
+	static const char * const names[] = { "ok", "retry", "limit", "invalid", "gone" };
+	u32 class = PVDMA_STATUS_CLASS(status);
+
+	return class <= PVDMA_STATUS_GONE ? names[class] : "unknown status";
+}
+
+const char *pvdma_policy_name(u32 policy)
+{
+	static const char * const names[] = { "pinned", "cached", "lazy", "strict" };
+
+	return policy <= PVDMA_POLICY_STRICT ? names[policy] : "unknown policy";
+}

@@ -1,0 +1,493 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The DMA operations of a device that had none of its own: physical address in,
+ * the host's bus address out. Called from any context, interrupts included, so
+ * nothing here sleeps or takes a lock; a CPU's call page and counters are its own
+ * while its interrupts are off. Address conventions: pvdma.h.
+ */
+#include <linux/gfp.h>
+#include <linux/memremap.h>
+#include <linux/mm.h>
+#include <linux/scatterlist.h>
+
+#include "pvdma.h"
+
+/* The last address that the device can emit and the host's IOMMU translates. */
+u64 pvdma_streaming_max(const struct pvdma_device *p, struct device *dev)
+{
+	return min(min_not_zero(dma_get_mask(dev), dev->bus_dma_limit), p->iova_last);
+}
+
+u64 pvdma_coherent_max(const struct pvdma_device *p, struct device *dev)
+{
+	u64 mask = dev->coherent_dma_mask ?: DMA_BIT_MASK(32);
+
+	return min(min_not_zero(mask, dev->bus_dma_limit), p->iova_last);
+}
+
+static u32 pvdma_direction(enum dma_data_direction dir)
+{
+	switch (dir) {
+	case DMA_TO_DEVICE:
+		return PVDMA_MAP_READ;
+	case DMA_FROM_DEVICE:
+		return PVDMA_MAP_WRITE;
+	default:
+		return PVDMA_MAP_READ | PVDMA_MAP_WRITE;
+	}
+}
+
+/*
+ * A range aligned to its length crosses no segment boundary that its pieces do
+ * not cross by themselves. With identity addresses there is nothing to align.
+ */
+u32 pvdma_streaming_flags(const struct pvdma_device *p, struct device *dev,
+			  enum dma_data_direction dir)
+{
+	u32 flags = pvdma_direction(dir);
+
+	if (!p->identity && dma_get_seg_boundary(dev) < pvdma_streaming_max(p, dev))
+		flags |= PVDMA_MAP_ALIGN;
+	return flags;
+}
+
+/* dma_alloc_coherent() promises memory aligned to its size, rounded up. */
+u32 pvdma_coherent_flags(const struct pvdma_device *p, enum dma_data_direction dir)
+{
+	return pvdma_direction(dir) | (p->identity ? 0 : PVDMA_MAP_ALIGN);
+}
+
+/* map_sg may return -ENOMEM (worth another try later) or -EIO for these. */
+int pvdma_errno(u32 status)
+{
+	switch (PVDMA_STATUS_CLASS(status)) {
+	case PVDMA_STATUS_OK:
+		return 0;
+	case PVDMA_STATUS_RETRY:
+	case PVDMA_STATUS_LIMIT:
+		return -ENOMEM;
+	default:
+		return -EIO;
+	}
+}
+
+static const char *pvdma_advice(u32 status)
+{
+	switch (PVDMA_STATUS_CLASS(status)) {
+	case PVDMA_STATUS_RETRY:
+		return "the host stayed busy";
+	case PVDMA_STATUS_LIMIT:
+		return "a limit of the host, may pass when other mappings go";
+	case PVDMA_STATUS_GONE:
+		return "the host no longer has the device";
+	default:
+		return "refused as a mistake of this guest";
+	}
+}
+
+/* DMA_ATTR_NO_WARN: the driver knows how to wait for a limit, and will. */
+static void pvdma_tell_map(struct pvdma_device *p, u64 bytes, u64 below,
+			   u64 iova_max, u32 status, unsigned long attrs)
+{
+	if ((attrs & DMA_ATTR_NO_WARN) && pvdma_errno(status) == -ENOMEM)
+		return;
+	dev_warn_ratelimited(p->dev, "pvdma: no mapping of %llu bytes from %#llx below %#llx: %s (errno %u), %s\n",
+			     bytes, below, iova_max, pvdma_status_name(status),
+			     PVDMA_STATUS_ERRNO(status), pvdma_advice(status));
+}
+
+static void pvdma_tell_unmap(struct pvdma_device *p, u64 bytes, u64 iova,
+			     u32 status)
+{
+	dev_warn_ratelimited(p->dev, "pvdma: %llu bytes at bus address %#llx stay mapped: %s (errno %u), %s\n",
+			     bytes, iova, pvdma_status_name(status),
+			     PVDMA_STATUS_ERRNO(status), pvdma_advice(status));
+}
+
+/* Makes one mapping at the host. Returns the status; *iova is set if it is ok. */
+u32 pvdma_make(struct pvdma_device *p, u64 below, u64 bytes, u64 iova_max,
+	       u32 flags, unsigned long attrs, u64 *iova)
+{
+	unsigned long irq;
+	u32 status;
+
+	local_irq_save(irq);
+	status = pvdma_map(&pvdma_host, this_cpu_ptr(p->counters), p->handle,
+			   below, bytes, iova_max, flags, iova);
+	local_irq_restore(irq);
+	if (unlikely(PVDMA_STATUS_CLASS(status)))
+		pvdma_tell_map(p, bytes, below, iova_max, status, attrs);
+	return status;
+}
+
+/* Takes one mapping back. */
+u32 pvdma_take(struct pvdma_device *p, u64 iova, u64 bytes)
+{
+	unsigned long irq;
+	u32 status;
+
+	local_irq_save(irq);
+	status = pvdma_unmap(&pvdma_host, this_cpu_ptr(p->counters), p->handle,
+			     iova, bytes);
+	local_irq_restore(irq);
+	if (unlikely(PVDMA_STATUS_CLASS(status)))
+		pvdma_tell_unmap(p, bytes, iova, status);
+	return status;
+}
+
+static dma_addr_t pvdma_map_phys(struct device *dev, phys_addr_t phys,
+				 size_t size, enum dma_data_direction dir,
+				 unsigned long attrs)
+{
+	struct pvdma_device *p = pvdma_of(dev);
+	u64 iova;
+
+	if (unlikely(!p) ||
+	    PVDMA_STATUS_CLASS(pvdma_make(p, phys, size, pvdma_streaming_max(p, dev),
+					  pvdma_streaming_flags(p, dev, dir), attrs,
+					  &iova)))
+		return DMA_MAPPING_ERROR;
+	return iova;
+}
+
+static void pvdma_unmap_phys(struct device *dev, dma_addr_t iova, size_t size,
+			     enum dma_data_direction dir, unsigned long attrs)
+{
+	struct pvdma_device *p = pvdma_of(dev);
+
+	if (likely(p))
+		pvdma_take(p, iova, size);
+}
+
+#if !PVDMA_MAP_PHYS
+static dma_addr_t pvdma_map_page(struct device *dev, struct page *page,
+				 unsigned long offset, size_t size,
+				 enum dma_data_direction dir, unsigned long attrs)
+{
+	return pvdma_map_phys(dev, page_to_phys(page) + offset, size, dir, attrs);
+}
+#endif
+
+/* What rules a device's lists, and an empty list under them. */
+static void pvdma_start(struct pvdma_list *list, struct pvdma_entry *page,
+			const struct pvdma_device *p, struct device *dev)
+{
+	pvdma_list_start(list, page, p->list_entries, pvdma_host.map_pages,
+			 dma_get_seg_boundary(dev));
+}
+
+/*
+ * Puts as many of the left entries from *sg on into the list as belong there, and
+ * moves *sg past them. Entries without bytes are passed over.
+ */
+static int pvdma_fill(struct pvdma_list *list, struct scatterlist **sg, int left)
+{
+	int n;
+
+	for (n = 0; n < left; n++, *sg = sg_next(*sg)) {
+		if ((*sg)->length && !pvdma_list_add(list, sg_phys(*sg), (*sg)->length))
+			break;
+	}
+	return n;
+}
+
+/*
+ * Maps the next range of a scatterlist: *sg moves past its entries, *base is its
+ * first address. Returns the number of entries or a negative errno.
+ */
+static int pvdma_map_range(struct pvdma_device *p, struct device *dev,
+			   struct scatterlist **sg, int left, u64 iova_max,
+			   u32 flags, unsigned long attrs, u64 *base)
+{
+	u64 below = sg_phys(*sg);
+	struct pvdma_list list;
+	unsigned long irq;
+	u32 status = PVDMA_STATUS_OK;
+	int n;
+
+	local_irq_save(irq);
+	pvdma_start(&list, this_cpu_read(pvdma_call_page), p, dev);
+	n = pvdma_fill(&list, sg, left);
+	if (likely(list.count))
+		status = pvdma_map_list(&pvdma_host, this_cpu_ptr(p->counters),
+					p->handle, &list, __pa(list.entries),
+					iova_max, flags, base);
+	local_irq_restore(irq);
+
+	if (unlikely(!list.count))
+		return -EINVAL;
+	if (unlikely(PVDMA_STATUS_CLASS(status))) {
+		pvdma_tell_map(p, list.bytes, below, iova_max, status, attrs);
+		return pvdma_errno(status);
+	}
+	return n;
+}
+
+/* Unmaps what the call page lists. Interrupts are off. */
+static void pvdma_flush(struct pvdma_device *p, struct pvdma_entry *page, u32 count)
+{
+	struct pvdma_counters *counters = this_cpu_ptr(p->counters);
+	struct pvdma_entry first = page[0];
+	u32 failed = 0;
+	u32 status;
+
+	if (count == 1)
+		status = pvdma_unmap(&pvdma_host, counters, p->handle, first.address,
+				     first.bytes);
+	else
+		status = pvdma_unmap_list(&pvdma_host, counters, p->handle, page,
+					  __pa(page), count, &failed);
+	if (unlikely(PVDMA_STATUS_CLASS(status)))
+		pvdma_tell_unmap(p, first.bytes, first.address, status);
+}
+
+/*
+ * Unmaps the first nents entries of a scatterlist. The entries' pages and lengths
+ * are as they were, so they fall into the same ranges again; where a range begins
+ * stands in its first segment, and its segments are as long as its entries.
+ */
+static void pvdma_unmap_entries(struct pvdma_device *p, struct device *dev,
+				struct scatterlist *sgl, int nents)
+{
+	struct scatterlist *sg = sgl, *segment = sgl;
+	u32 most = max(pvdma_host.list_entries, 1u);
+	struct pvdma_entry *page;
+	struct pvdma_list list;
+	unsigned long irq;
+	u32 count = 0;
+	u64 bytes;
+
+	local_irq_save(irq);
+	page = this_cpu_read(pvdma_call_page);
+	while (nents > 0 && segment) {
+		pvdma_start(&list, NULL, p, dev);
+		nents -= pvdma_fill(&list, &sg, nents);
+		if (!list.count)
+			break;
+		page[count].address = sg_dma_address(segment) & PAGE_MASK;
+		page[count].bytes = list.pages << PAGE_SHIFT;
+		if (++count == most) {
+			pvdma_flush(p, page, count);
+			count = 0;
+		}
+		for (bytes = list.bytes; bytes && segment; segment = sg_next(segment))
+			bytes -= min_t(u64, bytes, sg_dma_len(segment));
+	}
+	if (count)
+		pvdma_flush(p, page, count);
+	local_irq_restore(irq);
+}
+
+static int pvdma_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
+			enum dma_data_direction dir, unsigned long attrs)
+{
+	struct pvdma_device *p = pvdma_of(dev);
+	struct scatterlist *sg = sgl, *entry, *out = NULL;
+	u64 boundary = dma_get_seg_boundary(dev);
+	u64 max_bytes = dma_get_max_seg_size(dev);
+	struct pvdma_segment segment;
+	int done, n, i, segments = 0;
+	u64 iova_max, base;
+	u32 flags;
+
+	if (unlikely(!p || nents <= 0))
+		return -EINVAL;
+	if (IS_ENABLED(CONFIG_PCI_P2PDMA)) {
+		for_each_sg(sgl, entry, nents, i) {
+			if (is_pci_p2pdma_page(sg_page(entry)))
+				return -EREMOTEIO;
+		}
+	}
+
+	iova_max = pvdma_streaming_max(p, dev);
+	flags = pvdma_streaming_flags(p, dev, dir);
+	for (done = 0; done < nents; done += n) {
+		bool fresh = true;	/* a range never joins the one before it */
+
+		entry = sg;
+		n = pvdma_map_range(p, dev, &sg, nents - done, iova_max, flags,
+				    attrs, &base);
+		if (unlikely(n < 0)) {
+			pvdma_unmap_entries(p, dev, sgl, done);
+			return n;
+		}
+		for (i = 0; i < n; i++, entry = sg_next(entry)) {
+			u64 iova;
+
+			if (!entry->length)
+				continue;
+			iova = pvdma_place(&base, sg_phys(entry), entry->length);
+			if (fresh || !pvdma_segment_join(&segment, iova, entry->length,
+							 max_bytes, boundary)) {
+				segment.iova = iova;
+				segment.bytes = entry->length;
+				out = out ? sg_next(out) : sgl;
+				segments++;
+				fresh = false;
+			}
+			sg_dma_address(out) = segment.iova;
+			sg_dma_len(out) = segment.bytes;
+		}
+	}
+	if (segments < nents)
+		sg_dma_len(sg_next(out)) = 0;
+	return segments;
+}
+
+static void pvdma_unmap_sg(struct device *dev, struct scatterlist *sgl, int nents,
+			   enum dma_data_direction dir, unsigned long attrs)
+{
+	struct pvdma_device *p = pvdma_of(dev);
+
+	if (likely(p))
+		pvdma_unmap_entries(p, dev, sgl, nents);
+}
+
+/*
+ * Memory for both sides. Any page will do, since its address is translated: no
+ * zones, no bounce buffers.
+ */
+static struct page *pvdma_get_pages(struct device *dev, size_t size,
+				    dma_addr_t *iova, enum dma_data_direction dir,
+				    gfp_t gfp)
+{
+	struct pvdma_device *p = pvdma_of(dev);
+	struct page *page;
+	u64 address;
+
+	if (unlikely(!p || !size))
+		return NULL;
+	page = alloc_pages_node(dev_to_node(dev), (gfp & ~__GFP_COMP) | __GFP_ZERO,
+				get_order(size));
+	if (!page)
+		return NULL;
+	if (PVDMA_STATUS_CLASS(pvdma_make(p, page_to_phys(page), PAGE_ALIGN(size),
+					  pvdma_coherent_max(p, dev),
+					  pvdma_coherent_flags(p, dir), 0,
+					  &address))) {
+		__free_pages(page, get_order(size));
+		return NULL;
+	}
+	*iova = address;
+	return page;
+}
+
+static void pvdma_put_pages(struct device *dev, size_t size, struct page *page,
+			    dma_addr_t iova)
+{
+	struct pvdma_device *p = pvdma_of(dev);
+
+	if (likely(p && pvdma_unreachable(pvdma_take(p, iova, PAGE_ALIGN(size)))))
+		__free_pages(page, get_order(size));
+	else	/* lost memory does less harm than memory a device still writes to */
+		dev_err(dev, "pvdma: %zu bytes at bus address %pad are never freed: the device may still reach them\n",
+			size, &iova);
+}
+
+static void *pvdma_alloc(struct device *dev, size_t size, dma_addr_t *iova,
+			 gfp_t gfp, unsigned long attrs)
+{
+	struct page *page = pvdma_get_pages(dev, size, iova, DMA_BIDIRECTIONAL, gfp);
+
+	return page ? page_address(page) : NULL;
+}
+
+static void pvdma_free(struct device *dev, size_t size, void *vaddr,
+		       dma_addr_t iova, unsigned long attrs)
+{
+	pvdma_put_pages(dev, size, virt_to_page(vaddr), iova);
+}
+
+static struct page *pvdma_alloc_pages(struct device *dev, size_t size,
+				      dma_addr_t *iova,
+				      enum dma_data_direction dir, gfp_t gfp)
+{
+	return pvdma_get_pages(dev, size, iova, dir, gfp);
+}
+
+static void pvdma_free_pages(struct device *dev, size_t size, struct page *page,
+			     dma_addr_t iova, enum dma_data_direction dir)
+{
+	pvdma_put_pages(dev, size, page, iova);
+}
+
+static int pvdma_mmap(struct device *dev, struct vm_area_struct *vma, void *vaddr,
+		      dma_addr_t iova, size_t size, unsigned long attrs)
+{
+	unsigned long pages = PAGE_ALIGN(size) >> PAGE_SHIFT;
+	unsigned long wanted = vma_pages(vma);
+
+	if (vma->vm_pgoff >= pages || wanted > pages - vma->vm_pgoff)
+		return -ENXIO;
+	return remap_pfn_range(vma, vma->vm_start,
+			       page_to_pfn(virt_to_page(vaddr)) + vma->vm_pgoff,
+			       wanted << PAGE_SHIFT, vma->vm_page_prot);
+}
+
+static int pvdma_get_sgtable(struct device *dev, struct sg_table *sgt, void *vaddr,
+			     dma_addr_t iova, size_t size, unsigned long attrs)
+{
+	int ret = sg_alloc_table(sgt, 1, GFP_KERNEL);
+
+	if (!ret)
+		sg_set_page(sgt->sgl, virt_to_page(vaddr), PAGE_ALIGN(size), 0);
+	return ret;
+}
+
+/* Addresses are the host's to choose: a mask is enough if it covers some. */
+int pvdma_dma_supported(struct device *dev, u64 mask)
+{
+	return mask >= pvdma_first_iova + PAGE_SIZE - 1;
+}
+
+/*
+ * The mask with which all memory can be used directly. Translated addresses are
+ * made to fit the mask there is, identity addresses go as high as RAM does.
+ */
+u64 pvdma_get_required_mask(struct device *dev)
+{
+	struct pvdma_device *p = pvdma_of(dev);
+
+	if (p && p->identity)
+		return DMA_BIT_MASK(64);
+	return min_t(u64, dma_get_mask(dev), DMA_BIT_MASK(32));
+}
+
+/* One page less than a call takes, for a buffer that does not start on a page. */
+size_t pvdma_max_mapping_size(struct device *dev)
+{
+	return (max(pvdma_host.map_pages, 2ull) - 1) << PAGE_SHIFT;
+}
+
+/*
+ * Left out on purpose:
+ * get_merge_boundary: it promises that any list whose inner ends are page aligned
+ * becomes one segment. A list longer than a call page becomes several, so the
+ * promise would be broken where it is relied on (MMC takes one segment to be one).
+ * Lists are merged all the same. NVMe on 6.1 and 6.12 does not ask.
+ * opt_mapping_size: no size is better than another below the largest.
+ * sync_*: x86 is coherent and nothing is bounced; without them 6.12 skips the calls.
+ * alloc_noncontiguous, cache_sync: the DMA core does without.
+ */
+const struct dma_map_ops pvdma_direct_ops = {
+	.alloc = pvdma_alloc,
+	.free = pvdma_free,
+	.pvdma_op_alloc_pages = pvdma_alloc_pages,
+	.free_pages = pvdma_free_pages,
+	.mmap = pvdma_mmap,
+	.get_sgtable = pvdma_get_sgtable,
+#if PVDMA_MAP_PHYS
+	.map_phys = pvdma_map_phys,
+	.unmap_phys = pvdma_unmap_phys,
+#else
+	.map_page = pvdma_map_page,
+	.unmap_page = pvdma_unmap_phys,
+	.map_resource = pvdma_map_phys,
+	.unmap_resource = pvdma_unmap_phys,
+#endif
+	.map_sg = pvdma_map_sg,
+	.unmap_sg = pvdma_unmap_sg,
+	.dma_supported = pvdma_dma_supported,
+	.get_required_mask = pvdma_get_required_mask,
+	.max_mapping_size = pvdma_max_mapping_size,
+};
