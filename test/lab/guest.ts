@@ -1,0 +1,251 @@
+// Makes images for the guest (L2): a unified kernel image of a stock Debian kernel and a small initramfs that runs
+// one script and powers off. Images are named by their content and kept in the cache. Nothing here boots anything.
+
+import { execFile } from "node:child_process";
+import { createHash } from "node:crypto";
+import {
+  cpSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
+import { basename, join } from "node:path";
+import { promisify } from "node:util";
+import { cacheDir, makeAtomically, repoRoot } from "./cache.js";
+import { CpioArchive } from "./cpio.js";
+import { moduleName, parseModulesDep, readModule, resolveModules } from "./modules.js";
+import { getKernel, type Kernel, type KernelSeries, sbinPath } from "./packages.js";
+
+const exec = promisify(execFile);
+const execOptions = { maxBuffer: 64 << 20, env: { ...process.env, PATH: sbinPath(), LC_ALL: "C" } };
+
+export interface GuestOptions {
+  /** Default "6.12". */
+  kernel?: KernelSeries;
+  /**
+   * A shell script (busybox sh). The console shows `guestBegin`, its output, and `guestEnd` with its exit status;
+   * then the guest powers off. Kernel modules that the image has are loaded by `modprobe NAME`, none is by itself.
+   */
+  script: string;
+  /** Packs guest-shim/pvdma.ko built for the kernel. Default true. */
+  pvdma?: boolean;
+  /** Stock modules to pack, with what they need. Default ["nvme"]. */
+  modules?: string[];
+  /** Further module files (.ko) built for this kernel. */
+  moduleFiles?: string[];
+  /** Programs of this machine to pack with their libraries: "fio" (80 MB with its libraries), "nvme". */
+  tools?: string[];
+  /** Further files: path in the guest → content. */
+  files?: Record<string, { content: string | Uint8Array; mode?: number }>;
+  /** Kernel command line after "console=ttyS0,115200 panic=-1". Default "quiet". */
+  cmdline?: string;
+}
+
+/** The line before the script's output. */
+export const guestBegin = /^pvdma-guest: begin\r?$/m;
+/** The line after the script's output; [1] is its exit status. */
+export const guestEnd = /^pvdma-guest: end status=(\d+)\r?$/m;
+
+export interface GuestParts {
+  kernel: Kernel;
+  initrd: Buffer;
+  cmdline: string;
+}
+
+/** Builds (or finds in the cache) a guest.img and returns its path. */
+export async function buildGuestImage(options: GuestOptions): Promise<string> {
+  const parts = await buildGuestParts(options);
+  const hash = createHash("sha256").update(
+    `${parts.kernel.abi}\n${parts.kernel.version}\n${parts.cmdline}\n`,
+  );
+  hash.update(readFileSync(stubFile)).update(parts.initrd);
+  const image = join(
+    cacheDir("guests"),
+    `guest-${parts.kernel.series}-${hash.digest("hex").slice(0, 16)}.img`,
+  );
+  if (existsSync(image)) {
+    utimesSync(image, new Date(), new Date()); // still in use
+  } else {
+    forgetOldImages();
+    await makeAtomically(image, (file) => writeUki(file, parts));
+  }
+  return image;
+}
+
+/** The same guest in parts, for a VMM's --kernel, --initrd and --cmdline. */
+export async function buildGuestParts(options: GuestOptions): Promise<GuestParts> {
+  const kernel = await getKernel(options.kernel ?? "6.12");
+  const archive = new CpioArchive();
+  for (const dir of ["bin", "sbin", "lib", "lib64"]) {
+    archive.directory(`usr/${dir}`);
+    archive.symlink(dir, `usr/${dir}`);
+  }
+  for (const dir of ["proc", "sys", "tmp", "root", "run", "mnt"]) archive.directory(dir);
+  archive.charDevice("dev/console", 5, 1);
+  archive.file("usr/bin/busybox", readFileSync("/usr/bin/busybox"), 0o755);
+  const applets = (await exec("/usr/bin/busybox", ["--list"])).stdout.trim().split("\n");
+  const tools = options.tools ?? [];
+  for (const applet of applets) {
+    if (applet !== "busybox" && !tools.includes(applet)) archive.symlink(`usr/bin/${applet}`, "busybox");
+  }
+  archive.symlink("usr/sbin/modprobe", "../bin/busybox"); // where the kernel itself looks for it
+
+  const moduleFiles = [...(options.moduleFiles ?? [])];
+  if (options.pvdma ?? true) moduleFiles.unshift((await buildGuestModule(kernel)).file);
+  await packModules(archive, kernel, options.modules ?? ["nvme"], moduleFiles);
+  for (const tool of tools) await packProgram(archive, tool);
+  for (const [path, { content, mode }] of Object.entries(options.files ?? {}))
+    archive.file(path, content, mode);
+
+  archive.file("script", options.script.endsWith("\n") ? options.script : `${options.script}\n`, 0o755);
+  archive.file("init", init, 0o755);
+  const cmdline = `console=ttyS0,115200 panic=-1 ${options.cmdline ?? "quiet"}`.trim();
+  return { kernel, initrd: archive.bytes(), cmdline };
+}
+
+// The stty waits until the serial port has sent everything: power-off does not.
+const init = `#!/bin/sh
+export PATH=/usr/bin:/usr/sbin HOME=/root
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mount -t debugfs debugfs /sys/kernel/debug
+echo "pvdma-guest: begin"
+sh /script </dev/console
+echo "pvdma-guest: end status=$?"
+stty onlcr </dev/console
+poweroff -f
+`;
+
+/** Puts modules under lib/modules/<abi> with a modules.dep that busybox's modprobe reads. */
+async function packModules(
+  archive: CpioArchive,
+  kernel: Kernel,
+  names: string[],
+  files: string[],
+): Promise<void> {
+  const dir = `usr/lib/modules/${kernel.abi}`;
+  const stock = new Set<string>();
+  const dep: string[] = [];
+  const known = parseModulesDep(readFileSync(join(kernel.modulesDir, "modules.dep"), "utf8"));
+  const add = (module: string): void => {
+    for (const path of resolveModules(kernel.modulesDir, [module])) {
+      if (stock.has(path)) continue;
+      stock.add(path);
+      const needs = known.get(moduleName(path))!.needs.map(plain);
+      archive.file(`${dir}/${plain(path)}`, readModule(join(kernel.modulesDir, path)));
+      dep.push(`${plain(path)}: ${needs.join(" ")}`);
+    }
+  };
+  names.forEach(add);
+  for (const file of files) {
+    const depends = (await exec("modinfo", ["-F", "depends", file], execOptions)).stdout.trim();
+    const direct = depends.split(",").filter(Boolean);
+    direct.forEach(add);
+    const needs = direct
+      .flatMap((name) => resolveModules(kernel.modulesDir, [name]))
+      .reverse()
+      .map(plain);
+    archive.file(`${dir}/extra/${basename(file)}`, readFileSync(file));
+    dep.push(`extra/${basename(file)}: ${needs.join(" ")}`);
+  }
+  archive.file(`${dir}/modules.dep`, `${dep.join("\n")}\n`);
+}
+
+/** modules are packed uncompressed */
+function plain(path: string): string {
+  return path.replace(/\.ko\.\w+$/, ".ko");
+}
+
+/** Packs a program and the libraries ldd names, each by the path the loader looks for it. */
+async function packProgram(archive: CpioArchive, name: string): Promise<void> {
+  const found = (await exec("sh", ["-c", 'command -v "$1"', "sh", name], execOptions)).stdout.trim();
+  archive.file(`usr/bin/${name}`, readFileSync(found), 0o755);
+  const ldd = (await exec("ldd", [found], execOptions).catch(() => ({ stdout: "" }))).stdout; // a static one has none
+  for (const match of ldd.matchAll(/(?:=> )?(\/\S+) \(0x/g)) {
+    const inGuest = match[1]!.replace(/^\/lib/, "/usr/lib");
+    if (!archive.has(inGuest)) archive.file(inGuest, readFileSync(match[1]!), 0o755);
+  }
+}
+
+/**
+ * Builds guest-shim/pvdma.ko for a kernel in a copy of its own, so that both kernels' modules exist side by side.
+ * Nothing is built when sources and kernel are the same as before. Rejects with make's output when it fails.
+ */
+export async function buildGuestModule(kernel: Kernel): Promise<{ file: string; log: string }> {
+  const source = join(repoRoot, "guest-shim");
+  // Node 20's recursive listing: paths below guest-shim/. Only sources: a build in the tree must not leak in.
+  const sources = (readdirSync(source, { recursive: true }) as string[])
+    .filter((name) => /(\.[chS]|(^|\/)(Makefile|Kbuild))$/.test(name) && !/\.mod\.c$/.test(name))
+    .sort();
+  const hash = createHash("sha256").update(kernel.root);
+  for (const name of sources) hash.update(`\0${name}\0`).update(readFileSync(join(source, name)));
+  const dir = join(cacheDir("guest-module"), `${kernel.abi}-${hash.digest("hex").slice(0, 16)}`);
+  if (!existsSync(dir)) {
+    await makeAtomically(dir, async (made) => {
+      mkdirSync(made);
+      for (const name of sources) cpSync(join(source, name), join(made, name));
+      const { stdout, stderr } = await exec(
+        "make",
+        ["-C", made, `KDIR=${kernel.headersDir}`],
+        execOptions,
+      ).catch((error: Error & { stdout?: string; stderr?: string }) => {
+        throw new Error(
+          `guest-shim does not build for ${kernel.abi}:\n${error.stdout ?? ""}${error.stderr ?? error.message}`,
+        );
+      });
+      if (!existsSync(join(made, "pvdma.ko")))
+        throw new Error(`guest-shim: make made no pvdma.ko for ${kernel.abi}`);
+      writeFileSync(join(made, "make.log"), stdout + stderr);
+    });
+  }
+  return { file: join(dir, "pvdma.ko"), log: readFileSync(join(dir, "make.log"), "utf8") };
+}
+
+const stubFile = "/usr/lib/systemd/boot/efi/linuxx64.efi.stub";
+
+/**
+ * Writes a unified kernel image: systemd's stub and our sections behind its own, in ascending order, .linux last
+ * (UAPI group, "Unified Kernel Image"; the order is ukify's).
+ */
+async function writeUki(file: string, { kernel, initrd, cmdline }: GuestParts): Promise<void> {
+  const sections: [name: string, content: Uint8Array][] = [
+    [".osrel", Buffer.from(`NAME="pvdma lab guest"\nID=pvdma-lab\nVERSION_ID="${kernel.version}"\n`)],
+    [".cmdline", Buffer.from(cmdline)],
+    [".uname", Buffer.from(kernel.abi)],
+    [".initrd", initrd],
+    [".linux", readFileSync(kernel.vmlinuz)],
+  ];
+  const headers = (await exec("objdump", ["-h", stubFile], execOptions)).stdout;
+  let vma = 0;
+  for (const match of headers.matchAll(/^ *\d+ \S+ +([0-9a-f]+) +([0-9a-f]+) /gm)) {
+    vma = Math.max(vma, Number.parseInt(match[1]!, 16) + Number.parseInt(match[2]!, 16));
+  }
+  if (vma === 0) throw new Error(`${stubFile}: objdump shows no sections`);
+  const parts = `${file}.parts`;
+  mkdirSync(parts);
+  const args: string[] = [];
+  for (const [name, content] of sections) {
+    const part = join(parts, name);
+    writeFileSync(part, content);
+    vma = Math.ceil(vma / 4096) * 4096;
+    args.push("--add-section", `${name}=${part}`, "--change-section-vma", `${name}=0x${vma.toString(16)}`);
+    vma += content.length;
+  }
+  await exec("objcopy", [...args, stubFile, file], execOptions);
+}
+
+/** Images that no run asked for in three days go. */
+function forgetOldImages(): void {
+  const dir = cacheDir("guests");
+  for (const name of readdirSync(dir)) {
+    const file = join(dir, name);
+    const age = Date.now() - (statSync(file, { throwIfNoEntry: false })?.mtimeMs ?? Date.now());
+    if (name.endsWith(".img") && age > 3 * 24 * 3600_000) rmSync(file, { force: true });
+  }
+}

@@ -1,0 +1,85 @@
+// Runs the tests: every compiled *.test.js in a process of its own, fast ones first, and ends with one line that
+// counts them. Arguments choose tests by a part of their path.
+
+import { spawn, spawnSync } from "node:child_process";
+import { existsSync, readdirSync } from "node:fs";
+import { dirname, join, relative } from "node:path";
+import { fileURLToPath } from "node:url";
+
+const built = dirname(fileURLToPath(import.meta.url));
+const root = dirname(dirname(built));
+/** In this order: no special file needed; a real machine booted in software. */
+const DIRECTORIES = ["unit", "lab"];
+
+function testFiles(): string[] {
+  const wanted = process.argv.slice(2);
+  return DIRECTORIES.flatMap((directory) => {
+    const path = join(built, directory);
+    if (!existsSync(path)) return [];
+    return readdirSync(path)
+      .filter((name) => name.endsWith(".test.js"))
+      .sort()
+      .map((name) => join(path, name));
+  }).filter((path) => wanted.length === 0 || wanted.some((part) => relative(built, path).includes(part)));
+}
+
+interface Outcome {
+  readonly passed: number;
+  readonly failed: number;
+  readonly skipped: number;
+}
+
+/** Runs one file with its output on ours; counts by uvu's closing lines, and a file that dies early as one failure. */
+function runFile(path: string): Promise<Outcome> {
+  return new Promise((resolve) => {
+    const child = spawn(process.execPath, ["--enable-source-maps", path], {
+      cwd: root,
+      stdio: ["ignore", "pipe", "inherit"],
+      env: { ...process.env, FORCE_COLOR: "0" },
+    });
+    let output = "";
+    child.stdout.on("data", (chunk: Buffer) => {
+      output += chunk.toString();
+      process.stdout.write(chunk);
+    });
+    child.on("close", (code) => {
+      const count = (label: string) =>
+        Number(new RegExp(`^\\s*${label}:\\s+(\\d+)`, "m").exec(output)?.[1] ?? 0);
+      const total = count("Total");
+      const passed = count("Passed");
+      const skipped = count("Skipped");
+      const failed = total - passed - skipped;
+      resolve({ passed, skipped, failed: code === 0 && total > 0 ? failed : Math.max(failed, 1) });
+    });
+  });
+}
+
+function runLint(): Outcome {
+  const biome = join(root, "node_modules", ".bin", "biome");
+  const ok =
+    spawnSync(biome, ["check", "."], { cwd: root, stdio: ["ignore", "inherit", "inherit"] }).status === 0;
+  return { passed: ok ? 1 : 0, failed: ok ? 0 : 1, skipped: 0 };
+}
+
+const started = Date.now();
+const total = { passed: 0, failed: 0, skipped: 0 };
+const failures: string[] = [];
+function add(name: string, outcome: Outcome): void {
+  for (const key of ["passed", "failed", "skipped"] as const) total[key] += outcome[key];
+  if (outcome.failed > 0) failures.push(name);
+}
+
+const files = testFiles();
+if (process.argv.length === 2) add("lint", runLint());
+for (const [index, path] of files.entries()) {
+  const name = relative(built, path);
+  const seconds = Math.round((Date.now() - started) / 1000);
+  console.log(`\n[${index + 1}/${files.length}] ${name} (${seconds} s)`);
+  add(name, await runFile(path));
+}
+console.log(`\n${Math.round((Date.now() - started) / 1000)} s`);
+if (failures.length > 0) console.log(`failed: ${failures.join(", ")}`);
+console.log(
+  `${total.passed} passed, ${total.failed} failed${total.skipped > 0 ? `, ${total.skipped} skipped` : ""}`,
+);
+process.exitCode = total.failed > 0 || total.passed === 0 ? 1 : 0;

@@ -1,0 +1,934 @@
+// The engine over the software IOMMU: what a device can reach is asked of the IOMMU, never of the engine. Includes a
+// randomized comparison with a small model, with every backend call failing now and then, and threads in parallel.
+
+import assert from "node:assert/strict";
+import { Worker } from "node:worker_threads";
+import { suite } from "uvu";
+import { MAP_FLAG, POLICY, STATUS } from "../../hypercalls/abi.js";
+import { gpa, hva, iova } from "../../hypercalls/addresses.js";
+import { createEngineState, Engine, type EngineConfig } from "../../hypercalls/engine.js";
+import { ERRNO, status, statusClassOf } from "../../hypercalls/status.js";
+import { Type1 } from "../../iommu-emul/type1.js";
+import {
+  entryWords,
+  type Fault,
+  type FaultyBackend,
+  type Fixture,
+  hvaOfGpaPage,
+  MiB,
+  makeEngine,
+  PAGE,
+  RAM,
+  RAM_PAGES,
+  RANGES,
+  reach,
+  stat,
+} from "./support/engine-fixture.js";
+import { OwnerTable, type WorkerJob } from "./support/engine-worker.js";
+import { Random, SOAK } from "./support/random.js";
+
+const { read, write, align } = MAP_FLAG;
+const RW = read | write;
+const ANY = 2 ** 64;
+const INVALID = (errno: number) => status(STATUS.invalid, errno);
+const LIMIT = (errno: number) => status(STATUS.limit, errno);
+
+/** Nothing mapped, pinned or recorded any more. */
+function assertClean({ engine, backends, pinCount }: Fixture): void {
+  for (const backend of backends) assert.equal(backend.type1.entriesUsed, 0);
+  for (let page = 0; page < RAM_PAGES; page++) assert.equal(pinCount(page), 0, `RAM page ${page}`);
+  for (const name of ["pinned_bytes", "mapped_bytes", "entries", "stuck_mappings"]) {
+    assert.equal(stat(engine, `dma/${name}`), 0, name);
+  }
+}
+
+// ---- single calls ---------------------------------------------------------------------------------------------------
+
+const calls = suite("engine: calls");
+
+calls(
+  "map reaches exactly the pages that the bytes touch, with the rights asked for, and keeps the offset",
+  () => {
+    const { engine, backends } = makeEngine();
+    assert.equal(engine.map(1, MiB + 100, PAGE, ANY, read), 0);
+    const at = engine.out[0]!;
+    assert.equal(at % PAGE, 100);
+    assert.equal(engine.pages, 2);
+    const start = at - 100;
+    const backend = backends[0]!;
+    for (const offset of [0, 100, PAGE, 2 * PAGE - 1]) {
+      assert.equal(reach(backend, start + offset, read), RAM[1]!.hva + offset);
+      assert.equal(reach(backend, start + offset, write), -1);
+    }
+    assert.equal(reach(backend, start - 1, read), -1);
+    assert.equal(reach(backend, start + 2 * PAGE, read), -1);
+    assert.equal(backend.type1.entriesUsed, 1, "contiguous memory is one entry");
+    assert.equal(engine.unmap(1, at, PAGE), 0);
+    assert.equal(engine.out[0], 2 * PAGE);
+    assert.equal(reach(backend, start, read), -1);
+  },
+);
+
+calls("two mappings of one page live and die independently", () => {
+  const fixture = makeEngine();
+  const { engine, backends, pinCount } = fixture;
+  engine.map(1, 5 * PAGE, 100, ANY, read);
+  const one = engine.out[0]!;
+  engine.map(1, 5 * PAGE + 50, 100, ANY, write);
+  const two = engine.out[0]!;
+  assert.notEqual(Math.floor(one / PAGE), Math.floor(two / PAGE));
+  assert.equal(pinCount(5), 2);
+  assert.equal(engine.pinnedBytes, PAGE);
+  assert.equal(engine.mappedBytes(1), 2 * PAGE);
+  assert.equal(engine.unmap(1, one, 100), 0);
+  assert.equal(reach(backends[0]!, one, read), -1);
+  assert.equal(reach(backends[0]!, two, write), RAM[0]!.hva + 5 * PAGE + 50);
+  assert.equal(engine.pinnedBytes, PAGE);
+  assert.equal(engine.unmap(1, two, 100), 0);
+  assertClean(fixture);
+});
+
+calls("a range over two slots is split only where the host memory is not contiguous", () => {
+  const { engine, backends } = makeEngine();
+  const start = MiB + 62 * PAGE;
+  assert.equal(engine.map(1, start, 4 * PAGE, ANY, RW), 0);
+  const at = engine.out[0]!;
+  assert.equal(backends[0]!.type1.entriesUsed, 2);
+  for (let page = 0; page < 4; page++) {
+    assert.equal(reach(backends[0]!, at + page * PAGE, read), hvaOfGpaPage(start / PAGE + page));
+  }
+  assert.equal(engine.unmap(1, at, 4 * PAGE), 0);
+  assert.equal(backends[0]!.unmaps, 1, "one unmap for the whole");
+  assert.equal(backends[0]!.type1.entriesUsed, 0);
+});
+
+calls("a list becomes one range, an entry per contiguous run, one unmap", () => {
+  const { engine, backends } = makeEngine();
+  // Pages 3 4 | 5 (goes on) | 5 (again) | 20 with an offset | 21 22 (go on).
+  const list = entryWords([
+    [3 * PAGE, 2 * PAGE],
+    [5 * PAGE, PAGE],
+    [5 * PAGE + 8, 16],
+    [20 * PAGE + 4000, 96],
+    [21 * PAGE, PAGE + 1],
+  ]);
+  assert.equal(engine.mapList(1, list, 5, ANY, write), 0);
+  const at = engine.out[0]!;
+  assert.equal(at % PAGE, 0);
+  assert.equal(engine.out[1], 5);
+  assert.deepEqual(
+    [3, 4, 5, 5, 20, 21, 22].map((page) => hvaOfGpaPage(page)),
+    [0, 1, 2, 3, 4, 5, 6].map((page) => reach(backends[0]!, at + page * PAGE, write)),
+  );
+  assert.equal(reach(backends[0]!, at + 7 * PAGE, write), -1);
+  assert.equal(backends[0]!.type1.entriesUsed, 3);
+  assert.equal(engine.unmap(1, at, 7 * PAGE), 0);
+  assert.equal(backends[0]!.unmaps, 1);
+});
+
+calls("unmap wants the whole mapping, by its first page, from the device that has it, once", () => {
+  const fixture = makeEngine();
+  const { engine, backends } = fixture;
+  engine.map(1, 3 * PAGE + 5, 3 * PAGE - 5, ANY, RW);
+  const at = engine.out[0]!;
+  const page = at - 5;
+  const wrong: [string, number, number, number, number][] = [
+    ["too short", 1, page, 2 * PAGE, INVALID(ERRNO.EINVAL)],
+    ["too long", 1, page, 3 * PAGE + 1, INVALID(ERRNO.EINVAL)],
+    ["the tail", 1, page + PAGE, 2 * PAGE, INVALID(ERRNO.ESTALE)],
+    ["another device of the domain", 2, page, 3 * PAGE, INVALID(ERRNO.ESTALE)],
+    ["a device of another domain", 3, page, 3 * PAGE, INVALID(ERRNO.ESTALE)],
+    ["2^32 pages further", 1, page + 2 ** 44, 3 * PAGE, INVALID(ERRNO.ESTALE)],
+    ["far out", 1, 2 ** 64, 3 * PAGE, INVALID(ERRNO.ESTALE)],
+    ["no bytes", 1, page, 0, INVALID(ERRNO.EINVAL)],
+    ["all bytes there are", 1, page, 2 ** 64, INVALID(ERRNO.E2BIG)],
+  ];
+  for (const [what, handle, where, bytes, expected] of wrong) {
+    assert.equal(engine.unmap(handle, where, bytes), expected, what);
+    assert.equal(reach(backends[0]!, page, read), hvaOfGpaPage(3), what);
+  }
+  assert.equal(backends[0]!.unmaps, 0);
+  // Any byte of the first page will do.
+  assert.equal(engine.unmap(1, page + 4095, 2 * PAGE + 1), 0);
+  assert.equal(engine.unmap(1, page, 3 * PAGE), INVALID(ERRNO.ESTALE));
+  assertClean(fixture);
+});
+
+calls("the guest's words are checked, and a refusal changes nothing", () => {
+  const fixture = makeEngine();
+  const { engine, backends } = fixture;
+  const wrong: [string, Parameters<Engine["map"]>, number][] = [
+    ["handle 0", [0, MiB, 1, ANY, RW], INVALID(ERRNO.ENODEV)],
+    ["a handle nobody has", [5, MiB, 1, ANY, RW], INVALID(ERRNO.ENODEV)],
+    ["a large handle", [2 ** 64, MiB, 1, ANY, RW], INVALID(ERRNO.ENODEV)],
+    ["a handle that is 1 in 32 bits", [2 ** 32 + 1, MiB, 1, ANY, RW], INVALID(ERRNO.ENODEV)],
+    ["no bytes", [1, MiB, 0, ANY, RW], INVALID(ERRNO.EINVAL)],
+    ["neither read nor write", [1, MiB, 1, ANY, align], INVALID(ERRNO.EINVAL)],
+    ["an unknown flag", [1, MiB, 1, ANY, RW | 8], INVALID(ERRNO.EINVAL)],
+    ["a flag above 32 bits", [1, MiB, 1, ANY, RW + 2 ** 40], INVALID(ERRNO.EINVAL)],
+    ["the hole", [1, 48 * PAGE, 1, ANY, RW], INVALID(ERRNO.EFAULT)],
+    ["one byte into the hole", [1, 47 * PAGE, PAGE + 1, ANY, RW], INVALID(ERRNO.EFAULT)],
+    ["from the hole into RAM", [1, MiB - 1, 2, ANY, RW], INVALID(ERRNO.EFAULT)],
+    ["one byte beyond RAM", [1, MiB + 95 * PAGE, PAGE + 1, ANY, RW], INVALID(ERRNO.EFAULT)],
+    ["a gpa that is 0 in 32 bits", [1, 2 ** 32, 1, ANY, RW], INVALID(ERRNO.EFAULT)],
+    ["the last gpa there is", [1, 2 ** 64, 1, ANY, RW], INVALID(ERRNO.EFAULT)],
+    ["a range that wraps", [1, 2 ** 64, PAGE, ANY, RW], INVALID(ERRNO.EFAULT)],
+    ["more than 1 GiB", [1, 0, 2 ** 30 + 1, ANY, RW], INVALID(ERRNO.E2BIG)],
+    ["1 GiB and a page by its offset", [1, 1, 2 ** 30, ANY, RW], INVALID(ERRNO.E2BIG)],
+    ["all bytes there are", [1, 0, 2 ** 64, ANY, RW], INVALID(ERRNO.E2BIG)],
+    ["no IOVA below the limit", [1, 0, 1, 0, RW], LIMIT(ERRNO.ERANGE)],
+    ["nor below 1 MiB", [1, 0, 1, MiB - 1, RW], LIMIT(ERRNO.ERANGE)],
+  ];
+  for (const [what, words, expected] of wrong) {
+    assert.equal(engine.map(...words), expected, what);
+    assert.equal(engine.pages, 0, what);
+  }
+  assert.equal(backends[0]!.maps, 0);
+  assertClean(fixture);
+});
+
+calls("a bad list entry is named, and nothing of the list is mapped", () => {
+  const fixture = makeEngine();
+  const good = [MiB, PAGE] as const;
+  const bad: [readonly [number, number], number][] = [
+    [[48 * PAGE, 1], INVALID(ERRNO.EFAULT)],
+    [[MiB, 0], INVALID(ERRNO.EINVAL)],
+    [[MiB, 2 ** 63], INVALID(ERRNO.E2BIG)],
+    [[2 ** 63, PAGE], INVALID(ERRNO.EFAULT)],
+    [[0, 2 ** 30], INVALID(ERRNO.E2BIG)],
+  ];
+  for (const [entry, expected] of bad) {
+    assert.equal(fixture.engine.mapList(1, entryWords([good, good, entry, good]), 4, ANY, RW), expected);
+    assert.equal(fixture.engine.out[1], 2);
+  }
+  assert.equal(fixture.backends[0]!.maps, 0);
+  assertClean(fixture);
+});
+
+calls("the IOVA stays below the device's mask and inside what the IOMMU translates", () => {
+  const { engine } = makeEngine({ ranges: [{ first: 0, last: 2 ** 48 - 1 }] });
+  for (const [last, top] of [
+    [2 ** 24 - 1, 2 ** 24],
+    [2 ** 28 - 1, 2 ** 28],
+    [2 ** 32 - 1, 2 ** 32],
+    [3 * MiB + 4094, 3 * MiB],
+    [2 ** 64, 2 ** 39],
+  ] as const) {
+    for (let i = 0; i < 20; i++) {
+      assert.equal(engine.map(1, 0, 3 * PAGE, last, RW | align), 0);
+      assert.ok(engine.out[0]! + 3 * PAGE <= top, `${engine.out[0]} with mask ${last}`);
+      assert.equal(engine.out[0]! % (4 * PAGE), 0);
+    }
+  }
+});
+
+calls("the entry limit is a limit: reported with the entry, undone, over when something is unmapped", () => {
+  const fixture = makeEngine({ entries: 3 });
+  const { engine } = fixture;
+  const list = (pages: number[]) => entryWords(pages.map((page) => [page * PAGE, PAGE] as const));
+  assert.equal(engine.mapList(1, list([1, 2, 9, 5, 30]), 5, ANY, RW), LIMIT(ERRNO.ENOSPC));
+  assert.equal(engine.out[1], 4, "the entry that did not fit");
+  assertClean(fixture);
+  assert.equal(engine.map(1, 0, PAGE, ANY, RW), 0);
+  const first = engine.out[0]!;
+  assert.equal(engine.mapList(1, list([1, 9]), 2, ANY, RW), 0);
+  const second = engine.out[0]!;
+  assert.equal(engine.map(1, 0, PAGE, ANY, RW), LIMIT(ERRNO.ENOSPC));
+  assert.equal(engine.unmap(1, first, PAGE), 0);
+  assert.equal(engine.map(1, 0, PAGE, ANY, RW), 0);
+  assert.equal(engine.unmap(1, engine.out[0]!, PAGE), 0);
+  assert.equal(engine.unmap(1, second, 2 * PAGE), 0);
+  assertClean(fixture);
+});
+
+calls("the quota counts pages, not mappings, over all domains", () => {
+  const fixture = makeEngine({ quotaBytes: 4 * PAGE + 100 });
+  const { engine } = fixture;
+  assert.equal(engine.map(1, 0, 3 * PAGE, ANY, RW), 0);
+  assert.equal(engine.map(3, PAGE, 3 * PAGE, ANY, RW), 0, "two of the three are pinned already");
+  assert.equal(engine.pinnedBytes, 4 * PAGE);
+  assert.equal(engine.map(2, 10 * PAGE, 1, ANY, RW), LIMIT(ERRNO.EDQUOT));
+  const list = entryWords([
+    [0, PAGE],
+    [2 * PAGE, PAGE],
+    [10 * PAGE, PAGE],
+  ]);
+  assert.equal(engine.mapList(2, list, 3, ANY, RW), LIMIT(ERRNO.EDQUOT));
+  assert.equal(engine.out[1], 2);
+  assert.equal(engine.pinnedBytes, 4 * PAGE);
+  assert.equal(stat(engine, "dma/peak_pinned_bytes"), 4 * PAGE);
+  assert.equal(engine.reset(), 0);
+  assert.equal(engine.map(2, 10 * PAGE, 4 * PAGE, ANY, RW), 0);
+  assert.equal(engine.reset(), 0);
+  assertClean(fixture);
+});
+
+calls("host errnos are limits, retry, or gone; what was done of a list is undone", () => {
+  const list = entryWords([
+    [0, PAGE],
+    [9 * PAGE, PAGE],
+    [10 * PAGE, PAGE],
+    [5 * PAGE, PAGE],
+  ]);
+  for (const [errno, expected] of [
+    [ERRNO.ENOMEM, LIMIT(ERRNO.ENOMEM)],
+    [ERRNO.ENOSPC, LIMIT(ERRNO.ENOSPC)],
+    [ERRNO.EFAULT, LIMIT(ERRNO.EFAULT)],
+    [ERRNO.EAGAIN, LIMIT(ERRNO.EAGAIN)],
+    [ERRNO.EINTR, status(STATUS.retry, ERRNO.EINTR)],
+    [ERRNO.ENODEV, status(STATUS.gone, ERRNO.ENODEV)],
+  ] as const) {
+    for (const [failing, entry] of [
+      [1, 0],
+      [2, 1],
+      [3, 3],
+    ] as const) {
+      const fixture = makeEngine();
+      const backend = fixture.backends[0]!;
+      backend.mapFault = () => (backend.maps === failing ? { errno } : undefined);
+      assert.equal(fixture.engine.mapList(1, list, 4, ANY, RW), expected);
+      assert.equal(fixture.engine.out[1], entry, `backend call ${failing}`);
+      assert.equal(backend.unmaps, failing === 1 ? 0 : 1);
+      assertClean(fixture);
+    }
+  }
+});
+
+calls("what the backend does not unmap is reported, stays recorded, and is never handed out again", () => {
+  for (const [fault, expected] of [
+    [{ errno: ERRNO.EINVAL }, LIMIT(ERRNO.EINVAL)],
+    ["partly", LIMIT(ERRNO.EPROTO)],
+  ] as const) {
+    // Room for 6 pages, and no more.
+    const fixture = makeEngine({ ranges: [{ first: MiB, last: MiB + 6 * PAGE - 1 }] });
+    const { engine } = fixture;
+    const backend = fixture.backends[0]!;
+    const list = entryWords([
+      [0, PAGE],
+      [9 * PAGE, PAGE],
+    ]);
+    engine.mapList(1, list, 2, ANY, RW);
+    const at = engine.out[0]!;
+    backend.unmapFault = () => fault;
+    assert.equal(engine.unmap(1, at, 2 * PAGE), expected);
+    backend.unmapFault = () => undefined;
+    assert.equal(stat(engine, "dma/stuck_mappings"), 1);
+    assert.equal(engine.pinnedBytes, 2 * PAGE, "what may be reachable stays pinned");
+    const others: number[] = [];
+    while (engine.map(2, 0, PAGE, ANY, RW) === 0) others.push(engine.out[0]!);
+    assert.equal(others.length, 4);
+    for (const other of others) assert.ok(other < at || other >= at + 2 * PAGE);
+    // Once more, and it goes.
+    assert.equal(engine.unmap(1, at, 2 * PAGE), 0);
+    assert.equal(stat(engine, "dma/stuck_mappings"), 0);
+    for (const other of others) assert.equal(engine.unmap(2, other, PAGE), 0);
+    assertClean(fixture);
+  }
+});
+
+calls("an undo that fails leaves a stuck mapping, not a hidden one", () => {
+  const fixture = makeEngine();
+  const { engine } = fixture;
+  const backend = fixture.backends[0]!;
+  backend.mapFault = () => (backend.maps === 2 ? { errno: ERRNO.ENOMEM } : undefined);
+  backend.unmapFault = () => ({ errno: ERRNO.EINVAL });
+  const list = entryWords([
+    [0, PAGE],
+    [9 * PAGE, PAGE],
+  ]);
+  assert.equal(engine.mapList(1, list, 2, ANY, RW), LIMIT(ERRNO.ENOMEM));
+  assert.equal(stat(engine, "dma/stuck_mappings"), 1);
+  assert.equal(fixture.pinCount(0), 1);
+  assert.equal(fixture.pinCount(9), 0);
+  assert.equal(engine.mappedBytes(1), PAGE);
+  backend.unmapFault = () => undefined;
+  assert.equal(engine.releaseDevice(1), 0);
+  assertClean(fixture);
+});
+
+calls("unmapList goes up to the first that fails and tells how far", () => {
+  const { engine } = makeEngine();
+  const map = (page: number) => {
+    engine.map(1, page * PAGE, PAGE, ANY, RW);
+    return [engine.out[0]!, PAGE] as const;
+  };
+  const [a, b, c] = [map(1), map(2), map(3)];
+  assert.equal(engine.unmapList(1, entryWords([a, [b[0] + PAGE * 50, PAGE], c]), 3), INVALID(ERRNO.ESTALE));
+  assert.deepEqual([engine.out[0], engine.out[1], engine.pages], [PAGE, 1, 1]);
+  assert.equal(engine.unmapList(1, entryWords([b, c]), 2), 0);
+  assert.deepEqual([engine.out[0], engine.out[1]], [2 * PAGE, 2]);
+  assert.equal(engine.mappedBytes(0), 0);
+});
+
+calls("is assigned: every device by its address, with policy and kind; others are not", () => {
+  const { engine } = makeEngine();
+  const ask = (bdf: number) => {
+    assert.equal(engine.isAssigned(bdf), 0);
+    return [...engine.out.subarray(0, 3)];
+  };
+  assert.deepEqual(ask(0x10), [1, POLICY.strict, 39]);
+  assert.deepEqual(ask(0x10020), [3, POLICY.strict, 39]);
+  assert.deepEqual(ask(0x28), [4, POLICY.pinned | 256, 39]);
+  for (const bdf of [0, 0x20, 2 ** 32 + 0x10, 2 ** 64]) assert.deepEqual(ask(bdf), [0, 0, 0]);
+});
+
+calls("a device that is removed keeps nothing and gets nothing; the others go on", () => {
+  const fixture = makeEngine();
+  const { engine, backends } = fixture;
+  engine.map(1, 0, PAGE, ANY, RW);
+  const mine = engine.out[0]!;
+  engine.map(2, 0, PAGE, ANY, RW);
+  const other = engine.out[0]!;
+  assert.equal(engine.removeDevice(1), 0);
+  const gone = status(STATUS.gone, ERRNO.ENODEV);
+  assert.equal(reach(backends[0]!, mine, read), -1);
+  assert.equal(reach(backends[0]!, other, read), RAM[0]!.hva);
+  assert.equal(engine.map(1, 0, PAGE, ANY, RW), gone);
+  assert.equal(engine.unmap(1, mine, PAGE), gone);
+  assert.equal(engine.isAssigned(0x10), gone);
+  assert.equal(engine.unmap(2, other, PAGE), 0);
+  assertClean(fixture);
+});
+
+calls("reset unmaps everything in translated domains", () => {
+  const fixture = makeEngine();
+  const { engine } = fixture;
+  for (const handle of [1, 2, 3]) for (let i = 0; i < 10; i++) engine.map(handle, i * PAGE, 5000, ANY, RW);
+  assert.equal(engine.mappedBytes(0), 60 * PAGE);
+  assert.equal(engine.reset(), 0);
+  assertClean(fixture);
+});
+
+calls("an identity domain maps all RAM at its own address, checks, and answers", () => {
+  const fixture = makeEngine();
+  const { engine, backends } = fixture;
+  assert.equal(engine.map(4, 0, 1, ANY, RW), status(STATUS.retry, ERRNO.EAGAIN), "not before it is mapped");
+  assert.equal(engine.mapIdentity(), undefined);
+  for (const { gpa, bytes, hva } of RAM) {
+    assert.equal(reach(backends[2]!, gpa, write), hva);
+    assert.equal(reach(backends[2]!, gpa + bytes - 1, write), hva + bytes - 1);
+  }
+  assert.equal(reach(backends[2]!, 48 * PAGE, read), -1);
+  assert.equal(engine.pinnedBytes, RAM_PAGES * PAGE);
+  assert.equal(engine.map(4, MiB + 5, PAGE, ANY, RW), 0);
+  assert.equal(engine.out[0], MiB + 5);
+  assert.equal(engine.map(4, MiB, PAGE, MiB + PAGE - 1, RW), 0);
+  assert.equal(engine.map(4, MiB, PAGE, MiB + PAGE - 2, RW), LIMIT(ERRNO.ERANGE));
+  assert.equal(engine.map(4, 48 * PAGE, 1, ANY, RW), INVALID(ERRNO.EFAULT));
+  assert.equal(engine.unmap(4, MiB, PAGE), 0);
+  assert.equal(engine.unmap(4, 48 * PAGE, PAGE), INVALID(ERRNO.ESTALE));
+  const apart = entryWords([
+    [0, PAGE],
+    [5 * PAGE, PAGE],
+  ]);
+  assert.equal(engine.mapList(4, apart, 2, ANY, RW), INVALID(ERRNO.EINVAL));
+  engine.reset();
+  assert.equal(engine.mappedBytes(4), RAM_PAGES * PAGE, "a guest reset does not undo it");
+  assert.equal(engine.close(), 0);
+  assertClean(fixture);
+});
+
+calls("RAM that cannot be mapped at the start is named, and nothing stays", () => {
+  const fixture = makeEngine();
+  const backend = fixture.backends[2]!;
+  backend.mapFault = () => (backend.maps === 2 ? { errno: ERRNO.ENOMEM } : undefined);
+  assert.deepEqual(fixture.engine.mapIdentity(), { gpa: MiB, bytes: 64 * PAGE, errno: ERRNO.ENOMEM });
+  assertClean(fixture);
+  const small = makeEngine({ quotaBytes: 50 * PAGE });
+  assert.deepEqual(small.engine.mapIdentity(), { gpa: MiB, bytes: 64 * PAGE, errno: ERRNO.EDQUOT });
+  assertClean(small);
+});
+
+calls("a configuration that contradicts itself is refused", () => {
+  const { state } = makeEngine();
+  const { config } = state;
+  const bad: [Partial<EngineConfig>, RegExp][] = [
+    [{ ram: [{ gpa: gpa(1), bytes: PAGE, hva: hva(0) }] }, /whole pages/],
+    [{ ram: [...RAM, RAM[0]!] }, /overlaps/],
+    [{ ram: [] }, /RAM slots/],
+    [{ devices: Array.from({ length: 33 }, () => config.devices[0]!) }, /33 devices/],
+    [{ devices: [{ ...config.devices[0]!, policy: "lazy" }] }, /policy lazy/],
+    [{ devices: [{ ...config.devices[0]!, policy: "pinned" }] }, /policy pinned/],
+    [{ devices: [{ ...config.devices[0]!, domain: 9 }] }, /domain 9/],
+    [
+      { domains: [{ kind: "translated", limits: { ranges: RANGES, entries: 1, pageSizeMask: 2 ** 21 } }] },
+      /4 KiB|domain/,
+    ],
+  ];
+  for (const [change, message] of bad) {
+    assert.throws(() => createEngineState({ ...config, ...change }), { name: "RangeError", message });
+  }
+});
+
+calls.run();
+
+// ---- the software IOMMU ---------------------------------------------------------------------------------------------
+
+const software = suite("iommu-emul: type1 rules");
+const at = (address: number) => iova(address);
+const from = (address: number) => hva(address);
+
+software("errnos come in the kernel's order", () => {
+  const type1 = new Type1({
+    ranges: RANGES,
+    entries: 2,
+    lockedBytesMax: 4 * PAGE,
+    memory: [{ hva: from(0x10000), bytes: 16 * PAGE }],
+  });
+  const map = (iova: number, hva: number, bytes: number, access = 3) =>
+    type1.map(at(iova), from(hva), bytes, access);
+  assert.equal(map(MiB, 0x10000, PAGE, 0), ERRNO.EINVAL);
+  assert.equal(map(MiB + 1, 0x10000, PAGE), ERRNO.EINVAL);
+  assert.equal(map(MiB, 0x10001, PAGE), ERRNO.EINVAL);
+  assert.equal(map(MiB, 0x10000, PAGE + 1), ERRNO.EINVAL);
+  assert.equal(map(MiB, 0x10000, 0), ERRNO.EINVAL);
+  assert.equal(map(2 ** 64 - PAGE, 0x10000, 2 * PAGE), ERRNO.EINVAL);
+  assert.equal(map(MiB, 0x10000, 2 * PAGE), 0);
+  assert.equal(map(MiB + PAGE, 0x10000, PAGE), ERRNO.EEXIST);
+  assert.equal(map(MiB - PAGE, 0x10000, 2 * PAGE), ERRNO.EEXIST);
+  assert.equal(map(0xfee00000, 0x10000, PAGE), ERRNO.EINVAL);
+  assert.equal(map(0xfedff000, 0x10000, 2 * PAGE), ERRNO.EINVAL);
+  assert.equal(map(2 ** 39, 0x10000, PAGE), ERRNO.EINVAL);
+  assert.equal(map(2 * MiB, 0x10000, 3 * PAGE), ERRNO.ENOMEM, "each mapping counts, not each page");
+  assert.equal(map(2 * MiB, 0xf000, PAGE), ERRNO.EFAULT);
+  assert.equal(map(2 * MiB, 0x10000 + 15 * PAGE, 2 * PAGE), ERRNO.EFAULT);
+  assert.equal(map(2 * MiB, 0x10000, PAGE), 0);
+  assert.equal(map(MiB, 0x10000, PAGE), ERRNO.EEXIST, "before ENOSPC");
+  assert.equal(map(0xfee00000, 0x10000, PAGE), ERRNO.ENOSPC, "before the range check");
+  assert.equal(type1.lockedBytes, 3 * PAGE);
+});
+
+software("unmap takes whole mappings, several at a time, and nothing is no error", () => {
+  const type1 = new Type1({ ranges: RANGES, entries: 10 });
+  for (const page of [0, 4, 8]) assert.equal(type1.map(at(MiB + page * PAGE), from(0), 4 * PAGE, 3), 0);
+  const unmap = (page: number, pages: number) => type1.unmap(at(MiB + page * PAGE), pages * PAGE);
+  assert.equal(unmap(1, 3), -ERRNO.EINVAL);
+  assert.equal(unmap(0, 3), -ERRNO.EINVAL);
+  assert.equal(unmap(0, 9), -ERRNO.EINVAL);
+  assert.equal(unmap(0, 0.5), -ERRNO.EINVAL);
+  assert.equal(type1.entriesUsed, 3);
+  assert.equal(unmap(4, 8), 8 * PAGE);
+  assert.equal(unmap(4, 8), 0);
+  assert.equal(unmap(-1, 6), 4 * PAGE);
+  assert.equal(type1.entriesUsed, 0);
+  assert.equal(type1.lockedBytes, 0);
+});
+
+software("superpages and their edges translate byte by byte", () => {
+  const type1 = new Type1({ ranges: [{ first: 0, last: 2 ** 48 - 1 }], entries: 10 });
+  const GiB = 2 ** 30;
+  const first = 3 * GiB - 3 * PAGE;
+  const bytes = 2 * GiB + 2 * MiB + 5 * PAGE;
+  assert.equal(type1.map(at(first), from(0x7000_0000_0000), bytes, MAP_FLAG.read), 0);
+  for (const offset of [0, 3 * PAGE, GiB, 2 * GiB + 3 * PAGE, 2 * GiB + 2 * MiB + 3 * PAGE, bytes - 1]) {
+    assert.equal(type1.translate(at(first + offset), MAP_FLAG.read), 0x7000_0000_0000 + offset);
+    assert.equal(type1.translate(at(first + offset), MAP_FLAG.write), -1);
+  }
+  assert.equal(type1.translate(at(first - 1), MAP_FLAG.read), -1);
+  assert.equal(type1.translate(at(first + bytes), MAP_FLAG.read), -1);
+  assert.equal(type1.unmap(at(0), 2 ** 48), bytes);
+  assert.equal(type1.translate(at(4 * GiB), MAP_FLAG.read), -1);
+});
+
+software.run();
+
+// ---- the model ------------------------------------------------------------------------------------------------------
+
+const model = suite("engine: model");
+
+interface ModelRun {
+  readonly gpaPage: number;
+  readonly pages: number;
+}
+
+interface ModelMapping {
+  readonly handle: number;
+  readonly iovaPage: number;
+  readonly runs: readonly ModelRun[];
+  readonly flags: number;
+  /** Runs that an unmap which failed half way has taken away. */
+  runsGone: number;
+  stuck: boolean;
+  /** The rest of a map that failed and could not be undone: the guest does not know of it. */
+  readonly undone: boolean;
+}
+
+const pagesOf = (runs: readonly ModelRun[]) => runs.reduce((sum, run) => sum + run.pages, 0);
+const DOMAIN_OF = [0, 0, 0, 1];
+/** RAM page of a gpa page: the slots one after the other. */
+const ramPageOf = (gpaPage: number) => (gpaPage < 48 ? gpaPage : gpaPage - MiB / PAGE + 48);
+const SLOT_STARTS = new Set(RAM.map((slot) => slot.gpa / PAGE));
+
+/** The runs that a list of byte ranges should become. */
+function expectedRuns(ranges: readonly (readonly [number, number])[]): ModelRun[] {
+  const runs: ModelRun[] = [];
+  for (const [start, bytes] of ranges) {
+    for (let page = Math.floor(start / PAGE); page * PAGE < start + bytes; page++) {
+      const last = runs.at(-1);
+      if (last !== undefined && last.gpaPage + last.pages === page && !SLOT_STARTS.has(page)) {
+        runs[runs.length - 1] = { ...last, pages: last.pages + 1 };
+      } else runs.push({ gpaPage: page, pages: 1 });
+    }
+  }
+  return runs;
+}
+
+/** One random history against the model. `faults`: one in so many backend calls fails, 0 for none. */
+class History {
+  readonly #random: Random;
+  readonly #fixture: Fixture;
+  readonly #mappings: ModelMapping[] = [];
+  readonly #quotaPages: number;
+  readonly #entries: number;
+  #injected = 0;
+
+  constructor(seed: number, faults: number) {
+    this.#random = new Random(seed);
+    this.#quotaPages = this.#random.oneIn(2) ? 0 : 60;
+    this.#entries = this.#random.oneIn(2) ? 4096 : 40;
+    this.#fixture = makeEngine({ quotaBytes: this.#quotaPages * PAGE, entries: this.#entries });
+    const inject = (choices: readonly Fault[]) => (): Fault => {
+      if (faults === 0 || !this.#random.oneIn(faults)) return undefined;
+      this.#injected++;
+      return this.#random.pick(choices);
+    };
+    for (const backend of this.#fixture.backends) {
+      backend.mapFault = inject([ERRNO.ENOMEM, ERRNO.EFAULT, ERRNO.EINTR].map((errno) => ({ errno })));
+      backend.unmapFault = inject([{ errno: ERRNO.EINVAL }, "partly"]);
+    }
+  }
+
+  run(steps: number): void {
+    for (let step = 0; step < steps; step++) {
+      this.#injected = 0;
+      const kind = this.#random.below(100);
+      if (kind < 25) this.#map(1);
+      else if (kind < 45) this.#map(2 + this.#random.below(9));
+      else if (kind < 80) this.#unmapOne();
+      else if (kind < 90) this.#unmapSeveral();
+      else if (kind < 97) this.#wrongUnmap();
+      else if (kind < 99 || this.#mappings.length < 20) this.#release(1 + this.#random.below(3));
+      else this.#release(0);
+      this.#compare();
+    }
+    this.#end();
+  }
+
+  #end(): void {
+    for (const backend of this.#fixture.backends) {
+      backend.mapFault = () => undefined;
+      backend.unmapFault = () => undefined;
+    }
+    this.#release(0);
+    this.#compare();
+    assert.equal(this.#mappings.length, 0);
+    assertClean(this.#fixture);
+  }
+
+  /** A byte range in RAM; sometimes one that goes on where `after` ended. */
+  #range(after: readonly [number, number] | undefined): readonly [number, number] {
+    const random = this.#random;
+    for (;;) {
+      let start = random.pick([random.below(48), MiB / PAGE + random.below(96)]) * PAGE;
+      if (after !== undefined && random.oneIn(2)) start = Math.ceil((after[0] + after[1]) / PAGE) * PAGE;
+      else if (random.oneIn(3)) start += random.below(PAGE);
+      const bytes = 1 + random.below(random.pick([100, PAGE, 5 * PAGE]));
+      const inRam = (byte: number) => hvaOfGpaPage(Math.floor(byte / PAGE)) !== undefined;
+      if (
+        inRam(start) &&
+        inRam(start + bytes - 1) &&
+        Math.floor(start / MiB) === Math.floor((start + bytes) / MiB)
+      ) {
+        return [start, bytes];
+      }
+      after = undefined;
+    }
+  }
+
+  #map(count: number): void {
+    const random = this.#random;
+    const { engine, backends } = this.#fixture;
+    const handle = 1 + random.below(3);
+    const domain = DOMAIN_OF[handle]!;
+    const ranges: (readonly [number, number])[] = [];
+    for (let i = 0; i < count; i++) ranges.push(this.#range(ranges.at(-1)));
+    const runs = expectedRuns(ranges);
+    const flags = random.pick([1, 2, 3]) | (random.oneIn(3) ? align : 0);
+    const mask = random.pick([2 ** 24 - 1, 2 ** 28 - 1, 2 ** 32 - 1, ANY]);
+
+    const used = this.#entriesUsed(domain);
+    const pinned = this.#pinned();
+    const before = pinned.size;
+    for (const run of runs) {
+      for (let page = 0; page < run.pages; page++) pinned.set(ramPageOf(run.gpaPage + page), 1);
+    }
+    const overQuota = this.#quotaPages > 0 && pinned.size > before && pinned.size > this.#quotaPages;
+
+    const [start, bytes] = ranges[0]!;
+    const result =
+      count === 1
+        ? engine.map(handle, start, bytes, mask, flags)
+        : engine.mapList(handle, entryWords(ranges), count, mask, flags);
+    if (used + runs.length > this.#entries) assert.equal(result, LIMIT(ERRNO.ENOSPC));
+    else if (overQuota) assert.equal(result, LIMIT(ERRNO.EDQUOT));
+    else if (this.#injected === 0) assert.equal(result, 0);
+    if (result !== 0) {
+      assert.notEqual(statusClassOf(result), STATUS.invalid);
+      if (this.#injected > 0) this.#findStuck(handle, domain, runs, flags);
+      return;
+    }
+    const iovaPage = Math.floor(engine.out[0]! / PAGE);
+    assert.ok((iovaPage + pagesOf(runs)) * PAGE - 1 <= mask);
+    if (count === 1) assert.equal(engine.out[0]! % PAGE, start % PAGE);
+    else assert.equal(engine.out[1], count);
+    assert.ok(backends[domain]!.entries.has(iovaPage));
+    this.#mappings.push({ handle, iovaPage, runs, flags, runsGone: 0, stuck: false, undone: false });
+  }
+
+  /** After a map that failed: entries which nobody knows are the stuck rest of an undo that failed as well. */
+  #findStuck(handle: number, domain: number, runs: readonly ModelRun[], flags: number): void {
+    const known = new Set<number>();
+    for (const mapping of this.#mappings) {
+      if (DOMAIN_OF[mapping.handle] !== domain) continue;
+      let page = mapping.iovaPage;
+      for (const run of mapping.runs) {
+        known.add(page);
+        page += run.pages;
+      }
+    }
+    const unknown = [...this.#fixture.backends[domain]!.entries.keys()].filter((page) => !known.has(page));
+    if (unknown.length === 0) return;
+    assert.ok(this.#injected >= 2, "entries stayed although the undo did not fail");
+    const last = Math.max(...unknown);
+    const first = Math.min(...unknown);
+    // Which runs had been mapped follows from where the last of them ends; the first may be gone already.
+    const entries = this.#fixture.backends[domain]!.entries;
+    const lastPages = entries.get(last)!.pages;
+    for (let mapped = 1; mapped <= runs.length; mapped++) {
+      for (const gone of [0, 1]) {
+        const here = runs.slice(gone, mapped);
+        if (here.length !== unknown.length || last + lastPages - first !== pagesOf(here)) continue;
+        if (entries.get(first)!.hva !== hvaOfGpaPage(here[0]!.gpaPage)) continue;
+        const iovaPage = first - pagesOf(runs.slice(0, gone));
+        const done = runs.slice(0, mapped);
+        this.#mappings.push({
+          handle,
+          iovaPage,
+          runs: done,
+          flags,
+          runsGone: gone,
+          stuck: true,
+          undone: true,
+        });
+        return;
+      }
+    }
+    assert.fail("entries that are not a part of the list that failed");
+  }
+
+  /** What an unmap of this mapping did, by what the backend has left of it. */
+  #unmapped(mapping: ModelMapping, result: number | undefined): void {
+    const { entries } = this.#fixture.backends[DOMAIN_OF[mapping.handle]!]!;
+    let page = mapping.iovaPage;
+    const left = mapping.runs.map((run) => {
+      const there = entries.has(page);
+      page += run.pages;
+      return there;
+    });
+    const gone = left.indexOf(true) === -1 ? left.length : left.indexOf(true);
+    assert.ok(left.slice(gone).every(Boolean));
+    if (gone === left.length) {
+      if (result !== undefined) assert.equal(result, 0);
+      this.#mappings.splice(this.#mappings.indexOf(mapping), 1);
+      return;
+    }
+    assert.ok(this.#injected > 0, "an unmap failed by itself");
+    if (result !== undefined) assert.notEqual(result, 0);
+    mapping.runsGone = gone;
+    mapping.stuck = true;
+  }
+
+  #unmapOne(): void {
+    const candidates = this.#mappings.filter((mapping) => !mapping.undone);
+    if (candidates.length === 0) return;
+    const mapping = this.#random.pick(candidates);
+    const offset = this.#random.below(PAGE);
+    const bytes = pagesOf(mapping.runs) * PAGE - offset;
+    const result = this.#fixture.engine.unmap(mapping.handle, mapping.iovaPage * PAGE + offset, bytes);
+    this.#unmapped(mapping, result);
+  }
+
+  #unmapSeveral(): void {
+    const handle = 1 + this.#random.below(3);
+    const mine = this.#mappings.filter((mapping) => mapping.handle === handle && !mapping.stuck).slice(0, 5);
+    if (mine.length === 0) return;
+    const words = entryWords(mine.map((mapping) => [mapping.iovaPage * PAGE, pagesOf(mapping.runs) * PAGE]));
+    const result = this.#fixture.engine.unmapList(handle, words, mine.length);
+    const done = this.#fixture.engine.out[1]!;
+    assert.equal(result === 0, done === mine.length);
+    mine.slice(0, done).forEach((mapping) => {
+      this.#unmapped(mapping, 0);
+    });
+    if (done < mine.length) this.#unmapped(mine[done]!, result);
+  }
+
+  #wrongUnmap(): void {
+    const candidates = this.#mappings.filter((mapping) => !mapping.undone);
+    if (candidates.length === 0) return;
+    const { handle, iovaPage, runs } = this.#random.pick(candidates);
+    const pages = pagesOf(runs);
+    const wrong = this.#random.pick([
+      [handle, iovaPage, pages + 600],
+      [handle === 3 ? 1 : handle + 1, iovaPage, pages],
+      [handle, 3, pages],
+      [handle, iovaPage, 0],
+    ] as const);
+    const result = this.#fixture.engine.unmap(wrong[0], wrong[1] * PAGE, wrong[2] * PAGE);
+    // Domains hand out the same IOVAs, so handle 3 may by chance have just this mapping as well.
+    if (result === 0) this.#unmapped(this.#mapping(wrong[0], wrong[1]), result);
+    else if (this.#injected > 0) this.#unmapped(this.#mapping(wrong[0], wrong[1]), result);
+    else assert.equal(statusClassOf(result), STATUS.invalid);
+  }
+
+  #mapping(handle: number, iovaPage: number): ModelMapping {
+    const found = this.#mappings.find((each) => each.handle === handle && each.iovaPage === iovaPage);
+    assert.ok(found, `no mapping of ${handle} at page ${iovaPage}`);
+    return found;
+  }
+
+  /** Everything of a device, or of all. */
+  #release(handle: number): void {
+    const { engine } = this.#fixture;
+    const stuck = handle === 0 ? engine.reset() : engine.releaseDevice(handle);
+    for (const mapping of [...this.#mappings]) {
+      if (handle === 0 || mapping.handle === handle) this.#unmapped(mapping, undefined);
+    }
+    const domains = handle === 0 ? [0, 1] : [DOMAIN_OF[handle]!];
+    const expected = this.#mappings.filter(
+      (mapping) => mapping.stuck && domains.includes(DOMAIN_OF[mapping.handle]!),
+    );
+    assert.equal(stuck, expected.length);
+  }
+
+  /** Entries that the engine counts in a domain: stuck mappings count whole. */
+  #entriesUsed(domain: number): number {
+    return this.#mappings
+      .filter((mapping) => DOMAIN_OF[mapping.handle] === domain)
+      .reduce((sum, mapping) => sum + mapping.runs.length, 0);
+  }
+
+  #pinned(): Map<number, number> {
+    const pins = new Map<number, number>();
+    for (const { runs } of this.#mappings) {
+      for (const { gpaPage, pages } of runs) {
+        for (let page = 0; page < pages; page++) {
+          const ramPage = ramPageOf(gpaPage + page);
+          pins.set(ramPage, (pins.get(ramPage) ?? 0) + 1);
+        }
+      }
+    }
+    return pins;
+  }
+
+  /** What devices reach is the live mappings and nothing else; pins and gauges say the same. */
+  #compare(): void {
+    const { engine, backends, pinCount } = this.#fixture;
+    const reachable = [0, 0, 0];
+    const mapped = [0, 0, 0, 0];
+    for (const { handle, iovaPage, runs, flags, runsGone } of this.#mappings) {
+      const backend = backends[DOMAIN_OF[handle]!]!;
+      let page = iovaPage;
+      runs.forEach((run, index) => {
+        for (let i = 0; i < run.pages; i++, page++) {
+          const host = index < runsGone ? -1 : hvaOfGpaPage(run.gpaPage + i)!;
+          assert.equal(reach(backend, page * PAGE, read), flags & read ? host : -1);
+          assert.equal(reach(backend, page * PAGE, write), flags & write ? host : -1);
+        }
+        if (index >= runsGone) reachable[DOMAIN_OF[handle]!]! += run.pages;
+      });
+      mapped[handle]! += pagesOf(runs);
+    }
+    backends.forEach((backend: FaultyBackend, domain) => {
+      assert.equal(backend.type1.lockedBytes, reachable[domain]! * PAGE, "reaches more than what is mapped");
+    });
+    const pins = this.#pinned();
+    for (let page = 0; page < RAM_PAGES; page++)
+      assert.equal(pinCount(page), pins.get(page) ?? 0, `pins of ${page}`);
+    assert.equal(engine.pinnedBytes, pins.size * PAGE);
+    if (this.#quotaPages > 0) assert.ok(pins.size <= this.#quotaPages);
+    for (const handle of [1, 2, 3]) assert.equal(engine.mappedBytes(handle), mapped[handle]! * PAGE);
+    const stuck = this.#mappings.filter((mapping) => mapping.stuck).length;
+    assert.equal(stat(engine, "dma/stuck_mappings"), stuck);
+    assert.equal(stat(engine, "dma/entries"), this.#entriesUsed(0) + this.#entriesUsed(1));
+  }
+}
+
+for (const [name, faults] of [
+  ["without faults", 0],
+  ["with backend faults", 12],
+] as const) {
+  model(`random calls of three devices, ${name}: reach, pins and gauges are the model's`, () => {
+    for (let seed = 0; seed < (SOAK ? 400 : 6); seed++) {
+      try {
+        new History(seed, faults).run(SOAK ? 5000 : 600);
+      } catch (error) {
+        throw new Error(`seed ${seed}: ${(error as Error).message}`, { cause: error });
+      }
+    }
+  });
+}
+
+model.run();
+
+// ---- threads --------------------------------------------------------------------------------------------------------
+
+const threads = suite("engine: threads");
+
+threads("four threads on one state: ranges never meet, counts are exact, all returns to zero", async () => {
+  const ramPages = 512;
+  const end = 64 * MiB;
+  const limits = { ranges: [{ first: MiB, last: end - 1 }], entries: 400, pageSizeMask: PAGE };
+  const device = (bdf: number, domain: number) =>
+    ({ bdf, policy: "strict", domain, addressBits: 39 }) as const;
+  const state = createEngineState({
+    ram: [{ gpa: gpa(0), bytes: ramPages * PAGE, hva: hva(0) }],
+    domains: [
+      { kind: "translated", limits },
+      { kind: "translated", limits },
+    ],
+    devices: [device(8, 0), device(16, 0), device(24, 1)],
+    quotaBytes: ramPages * PAGE,
+    lanes: 5,
+  });
+  const owners = [0, 1].map(() => new SharedArrayBuffer((end / PAGE) * 4));
+  const faults = new SharedArrayBuffer(8);
+  const operations = SOAK ? 2_000_000 : 40_000;
+  const workers = [1, 2, 3, 4].map((lane) => {
+    const job: WorkerJob = { state, owners, faults, lane, operations, ramPages };
+    return new Worker(new URL("./support/engine-worker.js", import.meta.url), { workerData: job });
+  });
+  await Promise.all(
+    workers.map(
+      (worker) =>
+        new Promise<void>((resolve, reject) => {
+          worker.once("message", () => resolve());
+          worker.once("error", reject);
+        }),
+    ),
+  );
+  assert.deepEqual([...new Int32Array(faults)], [0, 0]);
+  const table = new OwnerTable(new Int32Array(owners[0]!), new Int32Array(faults));
+  const engine = new Engine(state, () => table, 0);
+  assert.equal(engine.pinnedBytes, 0);
+  assert.equal(engine.mappedBytes(0), 0);
+  for (const name of ["entries", "stuck_mappings", "mapped_bytes"])
+    assert.equal(stat(engine, `dma/${name}`), 0);
+  assert.ok(stat(engine, "dma/peak_pinned_bytes") > 0);
+  for (const memory of owners) assert.ok(new Int32Array(memory).every((owner) => owner === 0));
+  // The allocators are whole again.
+  const last = end - 1;
+  assert.equal(engine.map(1, 0, ramPages * PAGE, last, RW), 0);
+  assert.equal(engine.unmap(1, engine.out[0]!, ramPages * PAGE), 0);
+});
+
+threads.run();

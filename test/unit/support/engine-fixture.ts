@@ -1,0 +1,185 @@
+// What the engine's tests share: a guest with a little RAM, a backend that fails on demand, and a view of both.
+
+import { type Gpa, gpa, type Hva, hva, type Iova, iova, PAGE_BYTES } from "../../../hypercalls/addresses.js";
+import type { DmaBackend } from "../../../hypercalls/backend.js";
+import {
+  createEngineState,
+  Engine,
+  type EngineConfig,
+  type EngineState,
+} from "../../../hypercalls/engine.js";
+import type { GuestMemory, RamSlot } from "../../../hypercalls/guest-ram.js";
+import { Pins } from "../../../hypercalls/pins.js";
+import { Type1 } from "../../../iommu-emul/type1.js";
+
+export const PAGE = PAGE_BYTES;
+export const MiB = 2 ** 20;
+
+const slot = (at: number, pages: number, from: number): RamSlot => ({
+  gpa: gpa(at),
+  bytes: pages * PAGE,
+  hva: hva(from),
+});
+
+/** 48 pages, a hole, 64 pages, and 32 that follow in gpa but not in hva. */
+export const RAM: readonly RamSlot[] = [
+  slot(0, 48, 0x7f00_0000_0000),
+  slot(MiB, 64, 0x7f00_4000_0000),
+  slot(MiB + 64 * PAGE, 32, 0x7f10_0000_0000),
+];
+export const RAM_PAGES = 144;
+
+/** Where RAM page by gpa is in the host, computed apart from the code under test; undefined outside RAM. */
+export function hvaOfGpaPage(page: number): number | undefined {
+  for (const { gpa, bytes, hva } of RAM) {
+    const offset = page * PAGE - gpa;
+    if (offset >= 0 && offset < bytes) return hva + offset;
+  }
+  return undefined;
+}
+
+/** Without the MSI window, as the emulated VT-d. */
+export const RANGES = [
+  { first: 0, last: 0xfedfffff },
+  { first: 0xfef00000, last: 2 ** 39 - 1 },
+];
+
+/** What to do instead of the next call: fail with an errno, or (unmap) unmap only the first entry in the range. */
+export type Fault = { readonly errno: number } | "partly" | undefined;
+
+/** A software IOMMU whose calls can be made to fail, with a record of the entries that are really mapped. */
+export class FaultyBackend implements DmaBackend {
+  readonly type1: Type1;
+  /** By IOVA page. */
+  readonly entries = new Map<number, { readonly pages: number; readonly hva: number }>();
+  mapFault: () => Fault = () => undefined;
+  unmapFault: () => Fault = () => undefined;
+  maps = 0;
+  unmaps = 0;
+
+  constructor(type1: Type1) {
+    this.type1 = type1;
+  }
+
+  map(at: Iova, from: Hva, bytes: number, access: number): number {
+    this.maps++;
+    const fault = this.mapFault();
+    if (fault !== undefined && fault !== "partly") return fault.errno;
+    const errno = this.type1.map(at, from, bytes, access);
+    if (errno === 0) this.entries.set(at / PAGE, { pages: bytes / PAGE, hva: from });
+    return errno;
+  }
+
+  unmap(at: Iova, bytes: number): number {
+    this.unmaps++;
+    const fault = this.unmapFault();
+    if (fault !== undefined && fault !== "partly") return -fault.errno;
+    let length = bytes;
+    if (fault === "partly") {
+      length = (this.entries.get(at / PAGE)?.pages ?? 0) * PAGE;
+      if (length === 0) return 0;
+    }
+    const unmapped = this.type1.unmap(at, length);
+    for (const page of this.entries.keys()) {
+      if (unmapped > 0 && page >= at / PAGE && page < (at + length) / PAGE) this.entries.delete(page);
+    }
+    return unmapped;
+  }
+}
+
+export interface Fixture {
+  readonly state: EngineState;
+  readonly engine: Engine;
+  readonly backends: readonly FaultyBackend[];
+  /** Distinct pins per RAM page. */
+  readonly pinCount: (ramPage: number) => number;
+}
+
+export interface FixtureOptions {
+  readonly entries?: number;
+  readonly quotaBytes?: number;
+  readonly ranges?: readonly { readonly first: number; readonly last: number }[];
+}
+
+/**
+ * Domain 0 is translated and has the devices 1 (39 bits) and 2 (39 bits), domain 1 is translated and has device 3,
+ * domain 2 is an identity domain with device 4; not mapped yet.
+ */
+export function makeEngine(options: FixtureOptions = {}): Fixture {
+  const ranges = options.ranges ?? RANGES;
+  const type1 = () => new Type1({ ranges, entries: options.entries ?? 4096, memory: RAM });
+  const backends = [0, 1, 2].map(() => new FaultyBackend(type1()));
+  const config: EngineConfig = {
+    ram: RAM,
+    domains: backends.map((backend, index) => ({
+      kind: index === 2 ? "identity" : "translated",
+      limits: backend.type1.limits(),
+    })),
+    devices: [
+      { bdf: 0x10, policy: "strict", domain: 0, addressBits: 39 },
+      { bdf: 0x18, policy: "strict", domain: 0, addressBits: 39 },
+      { bdf: 0x10020, policy: "strict", domain: 1, addressBits: 39 },
+      { bdf: 0x28, policy: "pinned", domain: 2, addressBits: 39 },
+    ],
+    quotaBytes: options.quotaBytes ?? 0,
+    lanes: 2,
+  };
+  const state = createEngineState(config);
+  const engine = new Engine(state, (domain) => backends[domain]!, 0);
+  const pins = new Pins(state.pins, 0);
+  return { state, engine, backends, pinCount: (page) => pins.countOf(page) };
+}
+
+/** One gauge or counter. */
+export function stat(engine: Engine, name: string): number {
+  const found = engine.stats().find(([each]) => each === name);
+  if (found === undefined) throw new Error(`no statistic ${name}`);
+  return found[1];
+}
+
+/** List entries as a call page holds them. */
+export function entryWords(entries: readonly (readonly [at: number, bytes: number])[]): Uint32Array {
+  return Uint32Array.from(
+    entries.flatMap(([at, bytes]) => [at, Math.floor(at / 2 ** 32), bytes, Math.floor(bytes / 2 ** 32)]),
+  );
+}
+
+/** Where a device of the domain that reads or writes the byte ends up; -1 for a fault. */
+export function reach(backend: FaultyBackend, at: number, access: number): number {
+  return backend.type1.translate(iova(at), access);
+}
+
+/** The guest's memory: real bytes for the fixture's RAM. */
+export class FakeGuestMemory implements GuestMemory {
+  readonly bytes = new Map<number, Uint8Array>();
+  /** Called after a copy, as a guest that writes to the page just then. */
+  afterCopyIn: () => void = () => undefined;
+
+  constructor() {
+    for (const each of RAM) {
+      for (let at = 0; at < each.bytes; at += PAGE)
+        this.bytes.set((each.gpa + at) / PAGE, new Uint8Array(PAGE));
+    }
+  }
+
+  page(at: number): Uint32Array {
+    const page = this.bytes.get(at / PAGE);
+    if (page === undefined) throw new RangeError(`gpa ${at} is no RAM page`);
+    return new Uint32Array(page.buffer);
+  }
+
+  copyIn(at: Gpa, bytes: number, into: Uint32Array): boolean {
+    const page = this.bytes.get(Math.floor(at / PAGE));
+    if (page === undefined || bytes > PAGE || at % PAGE !== 0) return false;
+    into.set(new Uint32Array(page.buffer, 0, bytes / 4));
+    this.afterCopyIn();
+    return true;
+  }
+
+  copyOut(at: Gpa, bytes: number, from: Uint32Array): boolean {
+    const page = this.bytes.get(Math.floor(at / PAGE));
+    if (page === undefined || bytes > PAGE || at % PAGE !== 0) return false;
+    new Uint32Array(page.buffer).set(from.subarray(0, bytes / 4));
+    return true;
+  }
+}

@@ -1,0 +1,81 @@
+// A Worker of the engine's concurrency test: maps and unmaps at random on the state it shares with the others, over
+// a backend in shared memory that notices when two mappings meet.
+
+import { parentPort, workerData } from "node:worker_threads";
+import { PAGE_BYTES } from "../../../hypercalls/addresses.js";
+import type { DmaBackend } from "../../../hypercalls/backend.js";
+import { Engine, type EngineState } from "../../../hypercalls/engine.js";
+import { Random } from "./random.js";
+
+export interface WorkerJob {
+  readonly state: EngineState;
+  /** A word per IOVA page of each domain: the hva page + 1 that is mapped there. */
+  readonly owners: readonly SharedArrayBuffer[];
+  /** [0]: mappings that met another. [1]: mappings that changed while they lived. */
+  readonly faults: SharedArrayBuffer;
+  readonly lane: number;
+  readonly operations: number;
+  readonly ramPages: number;
+}
+
+/** Who has which IOVA page, by atomic exchange: a page mapped twice, or unmapped twice, is a fault. */
+export class OwnerTable implements DmaBackend {
+  constructor(
+    readonly owners: Int32Array,
+    readonly faults: Int32Array,
+  ) {}
+
+  map(iova: number, hva: number, bytes: number): number {
+    for (let at = 0; at < bytes; at += PAGE_BYTES) {
+      const owner = (hva + at) / PAGE_BYTES + 1;
+      const before = Atomics.exchange(this.owners, (iova + at) / PAGE_BYTES, owner);
+      if (before !== 0) Atomics.add(this.faults, 0, 1);
+    }
+    return 0;
+  }
+
+  unmap(iova: number, bytes: number): number {
+    let unmapped = 0;
+    for (let at = 0; at < bytes; at += PAGE_BYTES) {
+      if (Atomics.exchange(this.owners, (iova + at) / PAGE_BYTES, 0) !== 0) unmapped += PAGE_BYTES;
+    }
+    return unmapped;
+  }
+}
+
+function hammer(job: WorkerJob): void {
+  const faults = new Int32Array(job.faults);
+  const tables = job.owners.map((memory) => new OwnerTable(new Int32Array(memory), faults));
+  const engine = new Engine(job.state, (domain) => tables[domain]!, job.lane);
+  const random = new Random(job.lane);
+  const live: { handle: number; iova: number; gpa: number; pages: number }[] = [];
+  const unmap = (index: number) => {
+    const { handle, iova, gpa, pages } = live[index]!;
+    live[index] = live.at(-1)!;
+    live.pop();
+    const { owners } = tables[job.state.config.devices[handle - 1]!.domain]!;
+    for (let page = 0; page < pages; page++) {
+      // The guest's RAM begins at hva 0.
+      const expected = gpa / PAGE_BYTES + page + 1;
+      if (Atomics.load(owners, iova / PAGE_BYTES + page) !== expected) Atomics.add(faults, 1, 1);
+    }
+    if (engine.unmap(handle, iova, pages * PAGE_BYTES) !== 0) throw new Error(`unmap of ${iova} failed`);
+  };
+  for (let step = 0; step < job.operations; step++) {
+    if (live.length === 64 || (live.length > 0 && random.oneIn(2))) unmap(random.below(live.length));
+    else {
+      const handle = 1 + random.below(job.state.config.devices.length);
+      const pages = 1 + random.below(8);
+      const gpa = random.below(job.ramPages - 8) * PAGE_BYTES;
+      const result = engine.map(handle, gpa, pages * PAGE_BYTES, 2 ** 44, 3 | (random.oneIn(4) ? 4 : 0));
+      if (result !== 0) throw new Error(`map failed: status ${result}`);
+      live.push({ handle, iova: engine.out[0]!, gpa, pages });
+    }
+  }
+  while (live.length > 0) unmap(live.length - 1);
+}
+
+if (parentPort !== null) {
+  hammer(workerData as WorkerJob);
+  parentPort.postMessage("done");
+}
