@@ -49,7 +49,7 @@ export class Dispatcher {
     const result = isList ? this.#list(call, frame) : this.#single(call, frame);
     frame[0] = result;
     if (result === INVALID_CALL) lane.refuse(REFUSED.unknown);
-    else lane.record(call, result, this.#engine.pages, (performance.now() - start) * 1e6);
+    else lane.record(call, result, this.#engine.pages, Math.round((performance.now() - start) * 1e6));
   }
 
   #single(call: number, frame: Float64Array): number {

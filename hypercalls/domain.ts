@@ -359,15 +359,16 @@ export class IdentityDomain implements Domain {
     return undefined;
   }
 
-  /** Unmaps what mapAll mapped. What the backend does not unmap keeps its pins. */
-  unmapAll(): void {
+  /** Unmaps what mapAll mapped; returns the entries that the backend would not unmap, which keep their pins. */
+  unmapAll(): number {
     const runs = this.#all();
     for (let run = this.entriesUsed - 1; run >= 0; run--) {
       const bytes = runs.runPages[run]! * PAGE_BYTES;
-      if (this.#backend.unmap(iova(this.#gpa(runs, run)), bytes) !== bytes) return;
+      if (this.#backend.unmap(iova(this.#gpa(runs, run)), bytes) !== bytes) break;
       this.#pins.remove(runs.ramPage[run]!, runs.runPages[run]!);
       Atomics.sub(this.#header, RUNS_USED, 1);
     }
+    return this.entriesUsed;
   }
 
   map(_handle: number, runs: RunList, lastPage: number, flags: number): number {

@@ -165,7 +165,7 @@ export class Engine {
     ]);
     const limits = config.domains.map((domain) => domain.limits);
     this.rangeWords = wordsOfRanges(commonRanges(limits));
-    this.#pageSizeMask = limits.map((each) => each.pageSizeMask).reduce(and64, 2 ** 64 - PAGE_BYTES);
+    this.#pageSizeMask = limits.map((each) => each.pageSizeMask).reduce(and64, 2 ** 53 - PAGE_BYTES);
   }
 
   /** What the host offers; all of `out` but the number of ranges written, which is the caller's to do. */
@@ -287,14 +287,8 @@ export class Engine {
    * domain it goes on reaching memory until the VMM takes it out of the domain. Returns as releaseDevice.
    */
   removeDevice(handle: number): number {
-    // Under the lock that map holds while it looks: no map of this device can come after the release.
-    const lock = this.#locks[this.#domainOf[handle]!]!;
-    lock.acquire();
-    try {
-      Atomics.store(this.#devices, handle, DEVICE_GONE);
-    } finally {
-      lock.release();
-    }
+    // A map looks at this word while it holds the domain's lock: it came before the release, or it is refused.
+    Atomics.store(this.#devices, handle, DEVICE_GONE);
     return this.releaseDevice(handle);
   }
 
@@ -305,8 +299,9 @@ export class Engine {
 
   /** The end: reset, and identity domains are unmapped. Returns the mappings that are stuck. */
   close(): number {
-    for (const domain of this.#domains) if (domain instanceof IdentityDomain) domain.unmapAll();
-    return this.reset();
+    let stuck = this.reset();
+    for (const domain of this.#domains) if (domain instanceof IdentityDomain) stuck += domain.unmapAll();
+    return stuck;
   }
 
   /** Bytes mapped for a device, or with handle 0 over all domains; what is mapped twice counts twice. */
@@ -357,6 +352,7 @@ export class Engine {
 
   /** Checks a range of guest memory and appends the pages it touches to the runs. */
   #append(gpa: number, bytes: number, entry: number): number {
+    // First what keeps the arithmetic after it exact.
     if (bytes < 1) return INVALID_EINVAL;
     if (bytes > MAP_BYTES) return INVALID_TOO_LONG;
     if (gpa > MAX_EXACT - MAP_BYTES) return INVALID_NOT_RAM;

@@ -1,8 +1,9 @@
-// Runs the tests: every compiled *.test.js in a process of its own, fast ones first, and ends with one line that
-// counts them. Arguments choose tests by a part of their path.
+// Runs the tests: every compiled *.test.js in a process of its own, as many side by side as there are processors, fast
+// ones first, and ends with one line that counts them. Arguments choose tests by a part of their path.
 
 import { spawn, spawnSync } from "node:child_process";
 import { existsSync, readdirSync } from "node:fs";
+import { availableParallelism } from "node:os";
 import { dirname, join, relative } from "node:path";
 import { fileURLToPath } from "node:url";
 
@@ -29,19 +30,23 @@ interface Outcome {
   readonly skipped: number;
 }
 
-/** Runs one file with its output on ours; counts by uvu's closing lines, and a file that dies early as one failure. */
-function runFile(path: string): Promise<Outcome> {
+/**
+ * Runs one file; its output comes when it has ended, so that files that run side by side do not mix. Counts by uvu's
+ * closing lines; a file that dies early is one failure.
+ */
+function runFile(path: string): Promise<Outcome & { readonly output: string }> {
   return new Promise((resolve) => {
     const child = spawn(process.execPath, ["--enable-source-maps", path], {
       cwd: root,
-      stdio: ["ignore", "pipe", "inherit"],
+      stdio: ["ignore", "pipe", "pipe"],
       env: { ...process.env, FORCE_COLOR: "0" },
     });
     let output = "";
-    child.stdout.on("data", (chunk: Buffer) => {
-      output += chunk.toString();
-      process.stdout.write(chunk);
-    });
+    for (const stream of [child.stdout, child.stderr]) {
+      stream.on("data", (chunk: Buffer) => {
+        output += chunk.toString();
+      });
+    }
     child.on("close", (code) => {
       const count = (label: string) =>
         Number(new RegExp(`^\\s*${label}:\\s+(\\d+)`, "m").exec(output)?.[1] ?? 0);
@@ -49,7 +54,7 @@ function runFile(path: string): Promise<Outcome> {
       const passed = count("Passed");
       const skipped = count("Skipped");
       const failed = total - passed - skipped;
-      resolve({ passed, skipped, failed: code === 0 && total > 0 ? failed : Math.max(failed, 1) });
+      resolve({ output, passed, skipped, failed: code === 0 && total > 0 ? failed : Math.max(failed, 1) });
     });
   });
 }
@@ -69,15 +74,22 @@ function add(name: string, outcome: Outcome): void {
   if (outcome.failed > 0) failures.push(name);
 }
 
+const seconds = () => `${Math.round((Date.now() - started) / 1000)} s`;
 const files = testFiles();
 if (process.argv.length === 2) add("lint", runLint());
-for (const [index, path] of files.entries()) {
-  const name = relative(built, path);
-  const seconds = Math.round((Date.now() - started) / 1000);
-  console.log(`\n[${index + 1}/${files.length}] ${name} (${seconds} s)`);
-  add(name, await runFile(path));
+let begun = 0;
+/** Takes files one by one until none is left. */
+async function work(): Promise<void> {
+  for (let path = files[begun++]; path !== undefined; path = files[begun++]) {
+    const name = relative(built, path);
+    console.log(`[${begun}/${files.length}] ${name} begins (${seconds()})`);
+    const outcome = await runFile(path);
+    console.log(`\n${name} (${seconds()})\n${outcome.output.trimEnd()}\n`);
+    add(name, outcome);
+  }
 }
-console.log(`\n${Math.round((Date.now() - started) / 1000)} s`);
+await Promise.all(Array.from({ length: Math.min(availableParallelism(), 4) }, work));
+console.log(`\n${seconds()}`);
 if (failures.length > 0) console.log(`failed: ${failures.join(", ")}`);
 console.log(
   `${total.passed} passed, ${total.failed} failed${total.skipped > 0 ? `, ${total.skipped} skipped` : ""}`,

@@ -9,6 +9,14 @@ export class UsageError extends Error {}
  */
 export class VmmError extends Error {}
 
+/** Whether an error is a message for the user; anything else is a bug. */
+export const isExpected = (error: unknown): error is Error =>
+  error instanceof UsageError || error instanceof VmmError || error instanceof SystemError;
+
+/** The text of whatever was thrown. */
+export const errorMessage = (error: unknown): string =>
+  error instanceof Error ? error.message : String(error);
+
 /** A system call failed. `errno` is positive. Callers that know more wrap it in a VmmError. */
 export class SystemError extends Error {
   constructor(

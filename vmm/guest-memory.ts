@@ -1,9 +1,10 @@
 // Guest RAM: one memfd, mapped once and for the life of the process, so that no view of it can dangle. Pages nobody
 // touched cost nothing. In the file, and so in host addresses, low and high RAM follow each other without the hole.
 
-import { ftruncateSync, readSync, writeSync } from "node:fs";
+import { closeSync, ftruncateSync, readSync, writeSync } from "node:fs";
 import { type Gpa, gpa, type Hva, hva } from "../hypercalls/addresses.js";
 import type { GuestMemory as GuestMemoryAccess, RamSlot } from "../hypercalls/guest-ram.js";
+import { VmmError } from "./errors.js";
 import {
   MADV_DONTDUMP,
   MAP_NORESERVE,
@@ -27,12 +28,21 @@ export interface RamDescription {
   readonly slots: readonly RamPiece[];
 }
 
-/** Makes RAM of the given pieces (whole pages, ascending, apart); throws a SystemError when the system refuses. */
+/** Makes RAM of the given pieces (whole pages, ascending, apart); throws a VmmError when the system refuses. */
 export function createRam(pieces: readonly { gpa: number; bytes: number }[]): RamDescription {
   const totalBytes = pieces.reduce((sum, piece) => sum + piece.bytes, 0);
   const fd = memfdCreate("guest-ram");
-  ftruncateSync(fd, totalBytes);
-  const base = mmapShared(fd, totalBytes, 0, PROT_READ | PROT_WRITE, MAP_NORESERVE);
+  let base: Hva;
+  try {
+    ftruncateSync(fd, totalBytes);
+    base = mmapShared(fd, totalBytes, 0, PROT_READ | PROT_WRITE, MAP_NORESERVE);
+  } catch (error) {
+    closeSync(fd);
+    const mebibytes = totalBytes / 2 ** 20;
+    throw new VmmError(
+      `${mebibytes} MiB of guest RAM cannot be had: ${(error as Error).message}; give less --memory`,
+    );
+  }
   madvise(base, totalBytes, MADV_DONTDUMP);
   let fileOffset = 0;
   const slots = pieces.map((piece) => {

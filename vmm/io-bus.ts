@@ -1,7 +1,17 @@
 // Which device a trapped access reaches, on the main thread: ranges of ports and of guest-physical addresses.
 // Nothing there: reads are all ones, writes are lost, as on a real bus.
 
-import type { IoHandler, Width } from "./pci/machine-interface.js";
+/** Bytes of one access. The machine splits accesses of 8 into two of 4, the low one first. */
+export type Width = 1 | 2 | 4;
+
+/**
+ * A trapped range. `offset` counts from the range's first byte, values are unsigned. An access goes to the range that
+ * holds its first byte, and may run over its end. Must not throw.
+ */
+export interface IoHandler {
+  read(offset: number, width: Width): number;
+  write(offset: number, width: Width, value: number): void;
+}
 
 interface Range {
   readonly first: number;

@@ -59,7 +59,6 @@ export class Kvm {
       "KVM_CAP_IRQFD",
       "KVM_CAP_EXT_CPUID",
       "KVM_CAP_IMMEDIATE_EXIT",
-      "KVM_CAP_DEVICE_CTRL",
     ];
     for (const name of needed) {
       if (kvm.capability(CONSTANT[name]) <= 0) throw new VmmError(`${path}: this kernel's KVM lacks ${name}`);
@@ -196,8 +195,16 @@ export class Vm {
 
   /** Routes a GSI to the message (address, data) that a device would have written. */
   setMsiRoute(gsi: number, addressLo: number, addressHi: number, data: number): void {
+    const before = this.msiRoutes.get(gsi);
     this.msiRoutes.set(gsi, { addressLo, addressHi, data });
-    this.writeRoutes();
+    try {
+      this.writeRoutes();
+    } catch (error) {
+      // A route that KVM refuses must not stay in the table: every later one would be refused with it.
+      if (before === undefined) this.msiRoutes.delete(gsi);
+      else this.msiRoutes.set(gsi, before);
+      throw error;
+    }
   }
 
   clearMsiRoute(gsi: number): void {
@@ -267,11 +274,12 @@ export class Vm {
       this.vfioDevice = struct.getUint32(layout.fd, true);
     }
     const layout = STRUCT.kvm_device_attr;
-    const struct = newStruct(layout);
-    const value = Int32Array.of(groupFd);
+    // The value, a 32-bit file number, is read through a pointer: it follows the structure in the same buffer.
+    const struct = newStruct(layout, 4);
+    struct.setInt32(layout.size, groupFd, true);
     struct.setUint32(layout.group, CONSTANT.KVM_DEV_VFIO_GROUP, true);
     setU64(struct, layout.attr, CONSTANT.KVM_DEV_VFIO_GROUP_ADD);
-    setU64(struct, layout.addr, addressOf(value));
+    setU64(struct, layout.addr, addressOf(struct) + layout.size);
     check("KVM_DEV_VFIO_GROUP_ADD", ioctlStruct(this.vfioDevice, IOCTL.KVM_SET_DEVICE_ATTR, struct));
   }
 

@@ -12,11 +12,12 @@ import { newConfigAddress } from "./devices/config-ports.js";
 import { COM1_GSI, newSerialState, Serial } from "./devices/serial.js";
 import { VmmError } from "./errors.js";
 import type { RamDescription } from "./guest-memory.js";
+import type { IoHandler } from "./io-bus.js";
 import { IoBus } from "./io-bus.js";
 import { irqLine } from "./irq-line.js";
 import type { CpuidEntry, Kvm, Vm } from "./kvm.js";
-import { mmapShared, PROT_READ, PROT_WRITE, signalThread } from "./native/libc.js";
-import type { IoHandler, PciMachine } from "./pci/machine-interface.js";
+import { mmapShared, munmap, PROT_READ, PROT_WRITE, signalThread } from "./native/libc.js";
+import type { PciMachine } from "./pci/machine-interface.js";
 import { RunArea } from "./run-area.js";
 import { newSlowExitLane, type SlowAccess, serveSlowExit } from "./slow-exit.js";
 import {
@@ -58,11 +59,10 @@ export interface MachineConfig {
 }
 
 interface RunningVcpu {
-  readonly worker: Worker;
-  readonly fd: number;
   readonly run: RunArea;
+  readonly runAddress: Hva;
+  readonly runBytes: number;
   readonly control: SharedArrayBuffer;
-  readonly slowExits: SharedArrayBuffer;
   readonly ended: Promise<VcpuEnd>;
 }
 
@@ -72,8 +72,10 @@ export class Machine implements PciMachine {
   private readonly serialState = newSerialState();
   private readonly configAddress = newConfigAddress();
   readonly serial: Serial;
-  private vcpus: RunningVcpu[] = [];
-  private stopped: ((outcome: Outcome | Error) => void) | undefined;
+  private readonly vcpuFds: number[] = [];
+  private readonly vcpus: RunningVcpu[] = [];
+  private readonly end: Promise<Outcome | Error>;
+  private settle: (outcome: Outcome | Error) => void = () => undefined;
 
   constructor(
     private readonly kvm: Kvm,
@@ -81,6 +83,9 @@ export class Machine implements PciMachine {
   ) {
     vm.createInterruptControllers(KVM_TSS_GPA, KVM_IDENTITY_MAP_GPA);
     this.serial = new Serial(this.serialState, irqLine(vm.fd, COM1_GSI), () => undefined);
+    this.end = new Promise((resolve) => {
+      this.settle = resolve;
+    });
   }
 
   // What PCI devices ask of the machine.
@@ -123,17 +128,14 @@ export class Machine implements PciMachine {
 
   /**
    * Runs the guest until it powers off, resets, or stop() is called; then no vCPU runs any more. Throws a VmmError
-   * when the guest cannot go on.
+   * when the guest cannot go on. Once per machine.
    */
   async run(config: MachineConfig): Promise<Outcome> {
-    const end = new Promise<Outcome | Error>((resolve) => {
-      this.stopped = resolve;
-    });
     try {
       // All vCPUs exist before the first runs: the guest's first look at the others finds them there.
-      const fds = Array.from({ length: config.cpus }, (_, index) => this.createVcpu(index, config));
-      this.vcpus = fds.map((fd, index) => this.startVcpu(index, fd, config));
-      const outcome = await end;
+      for (let index = 0; index < config.cpus; index++) this.vcpuFds.push(this.createVcpu(index, config));
+      for (const [index, fd] of this.vcpuFds.entries()) this.vcpus.push(this.startVcpu(index, fd, config));
+      const outcome = await this.end;
       if (outcome instanceof Error) throw outcome;
       return outcome;
     } finally {
@@ -141,9 +143,9 @@ export class Machine implements PciMachine {
     }
   }
 
-  /** Ends run() with this outcome. The first call wins. */
-  stop(outcome: Outcome): void {
-    this.stopped?.(outcome);
+  /** Ends run(), also one that has not begun, with this outcome or by throwing the error. The first call wins. */
+  stop(outcome: Outcome | Error): void {
+    this.settle(outcome);
   }
 
   /** Exits to this program so far: vcpus/N/exits/KIND. */
@@ -166,7 +168,6 @@ export class Machine implements PciMachine {
 
   private startVcpu(index: number, fd: number, config: MachineConfig): RunningVcpu {
     const runBytes = this.kvm.runBytes();
-    // Never unmapped: buffers over it may outlive the vCPU, and it is three pages.
     const runAddress = mmapShared(fd, runBytes, 0, PROT_READ | PROT_WRITE);
     const control = newVcpuControl();
     const slowExits = newSlowExitLane();
@@ -184,6 +185,8 @@ export class Machine implements PciMachine {
       slowExits,
       control,
     };
+    // Mapped until the Worker has ended; kick() is the only other user.
+    const run = new RunArea(runAddress, runBytes);
     const worker = new Worker(new URL("./vcpu.js", import.meta.url), { workerData: job });
     const ended = new Promise<VcpuEnd>((resolve) => {
       let end: VcpuEnd = { kind: "failed", why: "its thread ended without a word" };
@@ -199,18 +202,19 @@ export class Machine implements PciMachine {
         end = { kind: "failed", why: error.message };
         this.vcpuEnded(index, end);
       });
-      worker.on("exit", () => resolve(end));
+      worker.on("exit", () => {
+        this.vcpuEnded(index, end);
+        resolve(end);
+      });
     });
-    return { worker, fd, run: new RunArea(runAddress, runBytes), control, slowExits, ended };
+    return { run, runAddress, runBytes, control, ended };
   }
 
   private vcpuEnded(index: number, end: VcpuEnd): void {
     if (end.kind === "triple-fault") {
-      const at = `rip 0x${end.rip.toString(16)}`;
-      this.stopped?.(
-        new VmmError(`guest: triple fault on vCPU ${index} (${at}); it cannot go on, its console says why`),
-      );
-    } else if (end.kind === "failed") this.stopped?.(new VmmError(`vCPU ${index}: ${end.why}`));
+      const why = "it cannot go on, and may have said why on its console";
+      this.stop(new VmmError(`guest: triple fault on vCPU ${index}: ${why}`));
+    } else if (end.kind === "failed") this.stop(new VmmError(`vCPU ${index}: ${end.why}`));
   }
 
   private serveSlowExit(lane: SharedArrayBuffer): void {
@@ -222,7 +226,7 @@ export class Machine implements PciMachine {
         return [0, 0];
       });
     } catch (error) {
-      this.stopped?.(error instanceof Error ? error : new Error(String(error)));
+      this.stop(error instanceof Error ? error : new Error(String(error)));
     }
   }
 
@@ -236,11 +240,14 @@ export class Machine implements PciMachine {
         const tid = Atomics.load(words, CONTROL_TID);
         if (tid !== 0) signalThread(tid, KICK_SIGNAL_NUMBER);
       }
+      this.serial.dropIfFull();
     };
     kick();
     const again = setInterval(kick, KICK_PERIOD_MS);
     await Promise.all(this.vcpus.map((vcpu) => vcpu.ended));
     clearInterval(again);
-    for (const { fd } of this.vcpus) closeSync(fd);
+    // The mapping holds the vCPU's file, and that the VM: kept, every reboot would leave a whole VM behind.
+    for (const { runAddress, runBytes } of this.vcpus) munmap(runAddress, runBytes);
+    for (const fd of this.vcpuFds) closeSync(fd);
   }
 }

@@ -2,7 +2,7 @@
 // The command: reads the command line, runs the guest, turns whatever goes wrong into one line and an exit status.
 
 import { readFileSync } from "node:fs";
-import { SystemError, UsageError, VmmError } from "./errors.js";
+import { errorMessage, isExpected, UsageError } from "./errors.js";
 import { HELP, parseCommandLine } from "./options.js";
 import { runGuest } from "./run-guest.js";
 
@@ -21,13 +21,15 @@ function version(): string {
 
 /** One line for the user, and the exit status. */
 function report(error: unknown): number {
-  const message = error instanceof Error ? error.message : String(error);
-  const expected = error instanceof UsageError || error instanceof VmmError || error instanceof SystemError;
+  const message = errorMessage(error);
+  const expected = isExpected(error);
   process.stderr.write(`vmm: ${expected ? "" : "internal error: "}${message.replaceAll("\n", " ")}\n`);
   if (!expected && process.env.PVDMA_DEBUG !== undefined) console.error(error);
   return error instanceof UsageError ? 2 : 1;
 }
 
+// Until main() says otherwise: a promise that is never kept must not look like success.
+process.exitCode = 1;
 main(process.argv.slice(2)).then(
   (status) => {
     process.exitCode = status;

@@ -118,7 +118,7 @@ const memory = size
     `too small; a guest needs at least ${MIN_MEMORY_BYTES / 2 ** 20}M`,
   )
   .refine((bytes) => bytes % 2 ** 20 === 0, "not a whole number of MiB")
-  .refine((bytes) => bytes <= 2 ** 43, "too large; 8T is the most");
+  .refine((bytes) => bytes < 2 ** 43, "too large; it has to be less than 8T");
 
 /** Checks `text` and names the option in the error. */
 function checked<T>(schema: z.ZodType<T>, option: string, text: unknown, shown: string): T {
@@ -137,7 +137,7 @@ function parseAssignment(text: string, defaultPolicy: DmaPolicy): Assignment {
   for (const pair of pairs) {
     const [key = "", value] = pair.split(/=(.*)/s);
     if (value === undefined) throw new UsageError(`--assign ${text}: ${pair} is not KEY=VALUE; see --help`);
-    if (key in keys) throw new UsageError(`--assign ${text}: ${key} is given twice`);
+    if (Object.hasOwn(keys, key)) throw new UsageError(`--assign ${text}: ${key} is given twice`);
     keys[key] = value;
   }
   const { guest, dma, domain } = checked(assignmentKeys, "--assign", keys, text);

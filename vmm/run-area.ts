@@ -109,8 +109,9 @@ export class RunArea {
     return this.words[offset / 4]! + this.words[offset / 4 + 1]! * 2 ** 32;
   }
   setU64(offset: number, value: number): void {
-    this.words[offset / 4] = value % 2 ** 32;
-    this.words[offset / 4 + 1] = Math.floor(value / 2 ** 32);
+    // A Uint32Array takes values modulo 2^32.
+    this.words[offset / 4] = value;
+    this.words[offset / 4 + 1] = value / 2 ** 32;
   }
   /** The next KVM_RUN takes the general registers from here. */
   markRegistersDirty(): void {

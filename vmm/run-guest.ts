@@ -5,12 +5,13 @@ import { closeSync, openSync } from "node:fs";
 import { createEngineState, Engine, type EngineConfig, type EngineState } from "../hypercalls/engine.js";
 import { acpiTables, PCI_IO_WINDOW } from "./boot/acpi.js";
 import { physicalBits, vcpuCpuid } from "./boot/cpuid.js";
-import { type BootImages, loadBootImages } from "./boot/image.js";
+import { loadBootImages } from "./boot/image.js";
 import { ECAM, type GpaRange, type MemoryPlan, planMemory } from "./boot/layout.js";
 import { type BootWrite, prepareLinux } from "./boot/linux.js";
+import { Cleanup } from "./cleanup.js";
 import { Console } from "./devices/console.js";
 import { addPowerPorts } from "./devices/power.js";
-import { VmmError } from "./errors.js";
+import { errorMessage, VmmError } from "./errors.js";
 import { createRam, GuestMemory, type RamDescription, ramBytes } from "./guest-memory.js";
 import { type CpuidEntry, Kvm } from "./kvm.js";
 import { KICK_SIGNAL, Machine, type Outcome } from "./machine.js";
@@ -38,42 +39,47 @@ interface Guest {
   readonly options: Options;
   readonly kvm: Kvm;
   readonly devices: readonly AssignedDevice[];
-  readonly images: BootImages;
   readonly plan: MemoryPlan;
   readonly supportedCpuid: readonly CpuidEntry[];
   readonly ram: RamDescription;
   readonly memory: GuestMemory;
   readonly stats: Statistics;
+  readonly ending: Ending;
+}
+
+/** Wishes to end, from outside the guest: they outlive a reboot, and come at any time. */
+class Ending {
+  private asked: Outcome | Error | undefined;
+  private machine: Machine | undefined;
+
+  /** The first wish counts. */
+  ask(outcome: Outcome | Error): void {
+    this.asked ??= outcome;
+    this.machine?.stop(this.asked);
+  }
+
+  /** The machine that a wish is to stop from now on. */
+  watch(machine: Machine): void {
+    this.machine = machine;
+    if (this.asked !== undefined) machine.stop(this.asked);
+  }
+
+  /** What was wished, or how the machine ended by itself. */
+  outcome(machines: Outcome): Outcome {
+    if (this.asked instanceof Error) throw this.asked;
+    return this.asked ?? machines;
+  }
 }
 
 const warn = (line: string): void => {
   process.stderr.write(`vmm: ${line}\n`);
 };
 
-/** Things to undo, last first; what fails is reported and the rest goes on. */
-class Cleanup {
-  private readonly steps: (() => void)[] = [];
-
-  add(step: () => void): void {
-    this.steps.push(step);
-  }
-
-  run(): void {
-    for (const step of this.steps.reverse()) {
-      try {
-        step();
-      } catch (error) {
-        warn(`while ending: ${error instanceof Error ? error.message : String(error)}`);
-      }
-    }
-  }
-}
-
 /** The numbers of the machine that runs now; they outlive it, so that the last values can be read. */
 class Statistics {
   private engine: Engine | undefined;
   private machine: Machine | undefined;
-  /** Counters go on over a reboot. */
+  /** Counters of calls go on over a reboot; those of exits begin anew. */
   lanes: SharedArrayBuffer | undefined;
 
   constructor(private readonly guestRamBytes: number) {}
@@ -93,7 +99,9 @@ class Statistics {
 
 /** Runs the guest that the options describe until it ends for good; resolves to the exit status. */
 export async function runGuest(options: Options): Promise<number> {
-  const cleanup = new Cleanup();
+  const cleanup = new Cleanup(warn);
+  const ending = new Ending();
+  cleanup.add(handleProcessEvents(ending));
   try {
     // 1. Look at everything that can be wrong without touching it.
     const assignments = prepareAssignments(
@@ -104,7 +112,7 @@ export async function runGuest(options: Options): Promise<number> {
       })),
     );
     const devices = assignments.map((assignment, i) => ({ assignment, options: options.assignments[i]! }));
-    const images = loadBootImages(options);
+    loadBootImages(options);
 
     // 2. KVM, and where everything goes in the guest's address space.
     const kvm = Kvm.open();
@@ -120,29 +128,30 @@ export async function runGuest(options: Options): Promise<number> {
     raiseOpenFilesLimit();
     const stats = new Statistics(ramBytes(ram));
     const statsDir = options.statsDir ?? defaultStatsDir(process.env, process.pid);
-    const directory = new StatsDirectory(statsDir, options.statsDir !== undefined, () => stats.read());
+    const directory = new StatsDirectory(statsDir, options.statsDir !== undefined, () => stats.read(), warn);
     cleanup.add(() => directory.close());
     if (options.stats) cleanup.add(() => printStatistics(stats));
 
+    const memory = new GuestMemory(ram);
     const guest: Guest = {
       options,
       kvm,
       devices,
-      images,
       plan,
       supportedCpuid,
       ram,
-      memory: new GuestMemory(ram),
+      memory,
       stats,
+      ending,
     };
     for (;;) {
-      const outcome = await runMachine(guest);
+      const outcome = ending.outcome(await runMachine(guest));
       if (outcome.kind === "signal") {
         warn(`ended by ${outcome.signal}`);
         return 1;
       }
       if (outcome.kind !== "reset" || !options.reboot) return 0;
-      guest.memory.clear();
+      memory.clear();
     }
   } finally {
     cleanup.run();
@@ -156,12 +165,13 @@ function printStatistics(stats: Statistics): void {
 /** One life of the machine, from power-on to power-off or reset. Nothing of it is left afterwards. */
 async function runMachine(guest: Guest): Promise<Outcome> {
   const { options, kvm, devices, plan, ram } = guest;
-  const cleanup = new Cleanup();
+  const cleanup = new Cleanup(warn);
   try {
     // 4. The VM, its memory, its interrupt controllers.
     const vm = kvm.createVm();
     cleanup.add(() => vm.close());
     const machine = new Machine(kvm, vm);
+    guest.ending.watch(machine);
     for (const piece of ram.slots) vm.addMemslot(piece.gpa, piece.bytes, piece.hva);
     addPowerPorts(
       machine,
@@ -182,7 +192,7 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     const engine = new Engine(state, (domain) => new VfioBackend(containerFds[domain]!), options.cpus);
     cleanup.add(() => {
       const stuck = engine.close();
-      if (stuck > 0) warn(`${stuck} mappings could not be undone; they end with this process`);
+      if (stuck > 0) warn(`${stuck} mappings could not be undone; they end with their IOMMU domain`);
     });
     guest.stats.show(engine, state, machine);
     mapPinned(engine);
@@ -196,17 +206,16 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     }
     bus.start();
 
-    // 8. Kernel, initrd and tables into memory.
+    // 8. Kernel, initrd and tables into memory; looked at anew, for the files may have been replaced since.
+    const images = loadBootImages(options);
     const acpi = acpiTables(options.cpus, plan);
-    const start = prepareLinux(guest.images, plan, acpi.rsdp);
+    const start = prepareLinux(images, plan, acpi.rsdp);
     for (const write of [...start.writes, ...acpi.writes]) load(guest.memory, write);
 
     // 9. The vCPUs run, the terminal is the guest's.
-    const terminal = new Console(process.stdin, process.stdout, () => machine.stop({ kind: "left" }));
+    const terminal = new Console(process.stdin, process.stdout, () => guest.ending.ask({ kind: "left" }));
     terminal.attach(machine.serial);
     cleanup.add(() => terminal.detach());
-    const undoSignals = onSignals((signal) => machine.stop({ kind: "signal", signal }));
-    cleanup.add(undoSignals);
     const tscDeadline = kvm.capability(CONSTANT.KVM_CAP_TSC_DEADLINE_TIMER) > 0;
     return await machine.run({
       cpus: options.cpus,
@@ -279,19 +288,26 @@ function load(memory: GuestMemory, write: BootWrite): void {
   try {
     memory.load(write.gpa, file, fileOffset, bytes);
   } catch (error) {
-    throw new VmmError(`${path}: changed while it was read (${(error as Error).message}); start again`);
+    throw new VmmError(`${path}: cannot be copied to guest memory: ${errorMessage(error)}`);
   } finally {
     closeSync(file);
   }
 }
 
-/** Calls `end` on a signal that asks to end; returns what undoes it. The kick of vCPUs needs a handler as well. */
-function onSignals(end: (signal: NodeJS.Signals) => void): () => void {
-  const kicked = () => undefined;
-  process.on(KICK_SIGNAL, kicked);
-  for (const signal of END_SIGNALS) process.on(signal, end);
+/**
+ * What can come from outside at any time: signals that ask to end, the kick of vCPUs (it only needs a handler), a
+ * terminal that goes away, and, should there be a bug, an exception nobody caught: the devices are given back all the
+ * same. Returns what undoes it.
+ */
+function handleProcessEvents(ending: Ending): () => void {
+  const nothing = () => undefined;
+  const onSignal = (signal: NodeJS.Signals) => ending.ask({ kind: "signal", signal });
+  const onException = (error: Error) => ending.ask(error);
+  process.on(KICK_SIGNAL, nothing).on("uncaughtException", onException);
+  for (const signal of END_SIGNALS) process.on(signal, onSignal);
+  for (const stream of [process.stdin, process.stdout, process.stderr]) stream.on("error", nothing);
   return () => {
-    process.off(KICK_SIGNAL, kicked);
-    for (const signal of END_SIGNALS) process.off(signal, end);
+    process.off(KICK_SIGNAL, nothing).off("uncaughtException", onException);
+    for (const signal of END_SIGNALS) process.off(signal, onSignal);
   };
 }

@@ -35,6 +35,7 @@ export class StatsDirectory {
     private readonly path: string,
     private readonly keep: boolean,
     private readonly read: ReadStatistics,
+    private readonly warn: (line: string) => void,
   ) {
     try {
       mkdirSync(path, { recursive: true, mode: 0o755 });
@@ -45,7 +46,7 @@ export class StatsDirectory {
         `statistics directory ${path}: cannot be written (${code}); name another with --stats-dir`,
       );
     }
-    this.timer = setInterval(() => this.update(), PERIOD_MS);
+    this.timer = setInterval(() => this.tryUpdate(), PERIOD_MS);
     this.timer.unref();
   }
 
@@ -61,9 +62,22 @@ export class StatsDirectory {
     }
   }
 
+  /** A full file system, say, is no reason to end the guest: the files keep the values they have. */
+  private tryUpdate(): void {
+    try {
+      this.update();
+    } catch (error) {
+      clearInterval(this.timer);
+      const code = (error as NodeJS.ErrnoException).code;
+      this.warn(
+        `statistics directory ${this.path}: cannot be written any more (${code}); its files are stale from now`,
+      );
+    }
+  }
+
   close(): void {
     clearInterval(this.timer);
-    this.update();
+    this.tryUpdate();
     for (const { fd } of this.files.values()) closeSync(fd);
     this.files.clear();
     if (!this.keep) rmSync(this.path, { recursive: true, force: true });

@@ -15,10 +15,14 @@ export class PioTransport {
     private readonly dispatcher: Dispatcher,
   ) {}
 
-  /** Whether the I/O exit at hand is a call. */
+  /**
+   * Whether the I/O exit at hand is a call. KVM reports the `outs` of one element like an `out`; what tells them apart
+   * is that an `out` writes EAX.
+   */
   isCall(): boolean {
     const { run } = this;
-    return run.ioPort === PORT && run.ioIsOut && run.ioWidth === 4 && run.ioCount === 1;
+    if (run.ioPort !== PORT || !run.ioIsOut || run.ioWidth !== 4 || run.ioCount !== 1) return false;
+    return run.read(run.ioDataOffset, 4) === run.read(REGISTER.rax, 4);
   }
 
   /** Services the call at hand. RIP still points at the `out`; KVM steps over it on the next entry. */

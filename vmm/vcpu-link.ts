@@ -48,7 +48,7 @@ export const exitCounters = (control: SharedArrayBuffer): Float64Array =>
 /** Why a vCPU's thread ended. */
 export type VcpuEnd =
   | { readonly kind: "stopped" }
-  | { readonly kind: "triple-fault"; readonly rip: number }
+  | { readonly kind: "triple-fault" }
   | { readonly kind: "failed"; readonly why: string };
 
 /** Messages from a vCPU: it waits for a slow exit, it wrote to the serial port, or it ended. */

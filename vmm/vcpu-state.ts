@@ -1,6 +1,7 @@
 // A vCPU's state before its first instruction: CPUID, a few MSRs, the local APIC's pins, and the boot registers.
 
 import type { BootRegisters, Segment } from "./boot/linux.js";
+import { VmmError } from "./errors.js";
 import type { CpuidEntry } from "./kvm.js";
 import { check, ioctlStruct } from "./native/libc.js";
 import { IOCTL, STRUCT } from "./sys/kvm.js";
@@ -42,7 +43,8 @@ export function setMsrs(vcpuFd: number): void {
     struct.setUint32(at + layout.index, index, true);
     setU64(struct, at + layout.data, value);
   });
-  check("KVM_SET_MSRS", ioctlStruct(vcpuFd, IOCTL.KVM_SET_MSRS, struct));
+  const done = check("KVM_SET_MSRS", ioctlStruct(vcpuFd, IOCTL.KVM_SET_MSRS, struct));
+  if (done < msrs.length) throw new VmmError(`KVM does not take MSR 0x${msrs[done]![0].toString(16)}`);
 }
 
 const LVT_LINT0 = 0x350;

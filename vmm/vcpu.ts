@@ -6,6 +6,7 @@ import { Dispatcher } from "../hypercalls/dispatcher.js";
 import { Engine } from "../hypercalls/engine.js";
 import { ConfigPorts } from "./devices/config-ports.js";
 import { COM1_GSI, COM1_PORT, COM1_PORTS, Serial } from "./devices/serial.js";
+import { errorMessage } from "./errors.js";
 import { GuestMemory } from "./guest-memory.js";
 import { irqLine } from "./irq-line.js";
 import { errnoName, gettid, ioctl } from "./native/libc.js";
@@ -80,7 +81,8 @@ class Vcpu {
           exits[EXIT_INDEX.interrupted]!++;
           break;
         case CONSTANT.KVM_EXIT_SHUTDOWN:
-          return { kind: "triple-fault", rip: run.u64(REGISTER.rip) };
+          // Where it happened is lost: on AMD, KVM has reset the vCPU by now.
+          return { kind: "triple-fault" };
         default: {
           const end = this.unusualExit();
           if (end !== undefined) return end;
@@ -171,7 +173,7 @@ if (parentPort !== null) {
   try {
     end = new Vcpu(workerData as VcpuJob, port).loop();
   } catch (error) {
-    end = { kind: "failed", why: error instanceof Error ? error.message : String(error) };
+    end = { kind: "failed", why: errorMessage(error) };
   }
   port.postMessage(end);
 }

@@ -92,8 +92,12 @@ void print(const char *format, ...)
 
 u8 serial_read(void)
 {
+	u32 i;
+
+	/* seldom enough that the VMM gets to do something else */
 	while (!(in8(COM1_STATUS) & COM1_STATUS_DATA))
-		asm volatile("pause");
+		for (i = 0; i < 1000; i++)
+			asm volatile("pause");
 	return in8(COM1);
 }
 

@@ -8,7 +8,7 @@ import { fileURLToPath } from "node:url";
 
 /** The lab's cache directory (made if absent). */
 export function cacheDir(...below: string[]): string {
-  const base = process.env["XDG_CACHE_HOME"] || join(homedir(), ".cache");
+  const base = process.env.XDG_CACHE_HOME || join(homedir(), ".cache");
   const dir = join(base, "pvdma", ...below);
   mkdirSync(dir, { recursive: true });
   return dir;

@@ -14,7 +14,7 @@ usage: npm run lab -- [OPTIONS] [--] [COMMAND...]
 
   --kernel 6.1|6.12     L1's kernel (default 6.12)
   --memory SIZE         L1's memory, such as 3G or 512M (default 3G)
-  --cpus N              L1's processors (default 2)
+  --cpus N              L1's processors (default 1)
   --disk FILE           raw file behind the NVMe controller ${l1Bdf.nvme0} (default: an empty 64 MiB one)
   --devices LIST        more devices, by comma:
                           nvme1   a second NVMe controller, ${l1Bdf.nvme1}
@@ -47,7 +47,7 @@ function parse() {
       options: {
         kernel: { type: "string", default: "6.12" },
         memory: { type: "string", default: "3G" },
-        cpus: { type: "string", default: "2" },
+        cpus: { type: "string", default: "1" },
         disk: { type: "string" },
         devices: { type: "string", default: "" },
         vfio: { type: "string", multiple: true, default: [] },

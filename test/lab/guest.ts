@@ -174,38 +174,46 @@ async function packProgram(archive: CpioArchive, name: string): Promise<void> {
 }
 
 /**
- * Builds guest-shim/pvdma.ko for a kernel in a copy of its own, so that both kernels' modules exist side by side.
- * Nothing is built when sources and kernel are the same as before. Rejects with make's output when it fails.
+ * Builds a kernel module from a directory of the tree (guest-shim, test/modules) in a copy of its own, so that both
+ * kernels' modules exist side by side. Nothing is built when sources and kernel are the same as before. Rejects with
+ * make's output when it fails.
  */
-export async function buildGuestModule(kernel: Kernel): Promise<{ file: string; log: string }> {
-  const source = join(repoRoot, "guest-shim");
-  // Node 20's recursive listing: paths below guest-shim/. Only sources: a build in the tree must not leak in.
+export async function buildModule(
+  kernel: Kernel,
+  directory: string,
+  name: string,
+): Promise<{ file: string; log: string }> {
+  const source = join(repoRoot, directory);
+  // Node 20's recursive listing: paths below the directory. Only sources: a build in the tree must not leak in.
   const sources = (readdirSync(source, { recursive: true }) as string[])
-    .filter((name) => /(\.[chS]|(^|\/)(Makefile|Kbuild))$/.test(name) && !/\.mod\.c$/.test(name))
+    .filter((file) => /(\.[chS]|(^|\/)(Makefile|Kbuild))$/.test(file) && !/\.mod\.c$/.test(file))
     .sort();
   const hash = createHash("sha256").update(kernel.root);
-  for (const name of sources) hash.update(`\0${name}\0`).update(readFileSync(join(source, name)));
-  const dir = join(cacheDir("guest-module"), `${kernel.abi}-${hash.digest("hex").slice(0, 16)}`);
+  for (const file of sources) hash.update(`\0${file}\0`).update(readFileSync(join(source, file)));
+  const dir = join(cacheDir("modules"), `${name}-${kernel.abi}-${hash.digest("hex").slice(0, 16)}`);
   if (!existsSync(dir)) {
     await makeAtomically(dir, async (made) => {
       mkdirSync(made);
-      for (const name of sources) cpSync(join(source, name), join(made, name));
+      for (const file of sources) cpSync(join(source, file), join(made, file));
       const { stdout, stderr } = await exec(
         "make",
         ["-C", made, `KDIR=${kernel.headersDir}`],
         execOptions,
       ).catch((error: Error & { stdout?: string; stderr?: string }) => {
         throw new Error(
-          `guest-shim does not build for ${kernel.abi}:\n${error.stdout ?? ""}${error.stderr ?? error.message}`,
+          `${directory} does not build for ${kernel.abi}:\n${error.stdout ?? ""}${error.stderr ?? error.message}`,
         );
       });
-      if (!existsSync(join(made, "pvdma.ko")))
-        throw new Error(`guest-shim: make made no pvdma.ko for ${kernel.abi}`);
+      if (!existsSync(join(made, `${name}.ko`)))
+        throw new Error(`${directory}: make made no ${name}.ko for ${kernel.abi}`);
       writeFileSync(join(made, "make.log"), stdout + stderr);
     });
   }
-  return { file: join(dir, "pvdma.ko"), log: readFileSync(join(dir, "make.log"), "utf8") };
+  return { file: join(dir, `${name}.ko`), log: readFileSync(join(dir, "make.log"), "utf8") };
 }
+
+/** guest-shim/pvdma.ko for a kernel. */
+export const buildGuestModule = (kernel: Kernel) => buildModule(kernel, "guest-shim", "pvdma");
 
 const stubFile = "/usr/lib/systemd/boot/efi/linuxx64.efi.stub";
 

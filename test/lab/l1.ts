@@ -61,7 +61,7 @@ export interface L1Options {
   kernel?: KernelSeries;
   /** Default 3072. */
   memoryMiB?: number;
-  /** Default 2. */
+  /** Default 1; see the comment at -smp. */
   cpus?: number;
   nvme0?: NvmeDisk;
   nvme1?: NvmeDisk;
@@ -375,13 +375,17 @@ function qemuArgs(
     e1000e("net1", "bus=port6,addr=0.1");
     nvme(options.pair, "port6", "pair", ",addr=0.0,multifunction=on");
   }
+  // One processor: with two, each its own thread, QEMU 7.2 may run one over code that the other has just patched, and
+  // kernels patch themselves (L1 died of a stale int3 in __schedule when KVM switched its static keys; guests with
+  // several vCPUs died likewise). Two processors on one thread hang a nested guest. Guests have as many vCPUs as they
+  // like. No extended states: SVM in TCG does not intercept XSETBV, so KVM would not know what its guest enabled.
   // biome-ignore format: one option per line
   return [
     "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
     "-machine", "q35",
-    "-accel", "tcg,thread=multi",
-    "-cpu", "max",
-    "-smp", String(options.cpus ?? 2),
+    "-accel", "tcg",
+    "-cpu", "max,-xsave",
+    "-smp", String(options.cpus ?? 1),
     "-m", String(options.memoryMiB ?? 3072),
     "-device", "intel-iommu,intremap=on",
     "-kernel", kernel.vmlinuz,
@@ -449,11 +453,11 @@ mount -o bind ${shellQuote(join("/lower", path))} ${inner}`;
   const share = shellQuote(join("/outer", relative("/", shareDir)));
   const environment = {
     PATH: sbinPath(),
-    HOME: process.env["HOME"] ?? "/root",
+    HOME: process.env.HOME ?? "/root",
     LANG: "C.UTF-8",
-    TERM: process.env["TERM"] ?? "dumb",
+    TERM: process.env.TERM ?? "dumb",
     XDG_RUNTIME_DIR: "/run/user/0",
-    ...(process.env["XDG_CACHE_HOME"] ? { XDG_CACHE_HOME: process.env["XDG_CACHE_HOME"] } : {}),
+    ...(process.env.XDG_CACHE_HOME ? { XDG_CACHE_HOME: process.env.XDG_CACHE_HOME } : {}),
     // Nothing is installed under /lib/modules for this kernel: kmod's tools find it in the cache.
     MODPROBE_OPTIONS: `-d ${kernel.root}`,
     UV_THREADPOOL_SIZE: "8",

@@ -10,7 +10,7 @@ import { LocalHost } from "./local.js";
  * at; otherwise an L1 with `options`, which must have an nvme0.
  */
 export async function openHost(options: L1Options): Promise<{ host: Host; bdf: string }> {
-  const bdf = process.env["PVDMA_HOST_BDF"];
+  const bdf = process.env.PVDMA_HOST_BDF;
   if (bdf === undefined || bdf === "") {
     if (options.nvme0 === undefined) throw new Error("openHost: no nvme0 in the options");
     const host = await bootL1(options);

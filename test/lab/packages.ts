@@ -190,5 +190,5 @@ async function candidateVersion(name: string): Promise<string | undefined> {
 
 /** depmod and the like live in sbin, which an ordinary user's PATH leaves out. */
 export function sbinPath(): string {
-  return `${process.env["PATH"] ?? "/usr/bin:/bin"}:/usr/sbin:/sbin`;
+  return `${process.env.PATH ?? "/usr/bin:/bin"}:/usr/sbin:/sbin`;
 }

@@ -162,6 +162,16 @@ ranges("align gives natural alignment to the length rounded up, also where only 
   assert.equal(exact.startPage(node), page(2 ** 30));
 });
 
+ranges("a free range of the same size class that is too small does not hide a larger one", () => {
+  const allocator = make([{ first: 2 ** 30, last: 2 ** 31 - 1 }]);
+  // From 64 pages on a class holds two sizes: a hole of 64 is where one looks for 65.
+  const hole = allocator.alloc(64, TOP, false);
+  assert.notEqual(allocator.alloc(1, TOP, false), 0);
+  allocator.free(hole);
+  assert.notEqual(allocator.alloc(65, TOP, false), 0);
+  assert.equal(allocator.startPage(allocator.alloc(64, TOP, false)), page(2 ** 30), "and the hole is used");
+});
+
 ranges("as many ranges live as may, no more", () => {
   const allocator = make(VTD, 3);
   const nodes = [1, 2, 3].map(() => allocator.alloc(1, TOP, false));

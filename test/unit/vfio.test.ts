@@ -6,8 +6,10 @@ import { mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from "node
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { suite } from "uvu";
+import { MAP_FLAG } from "../../hypercalls/abi.js";
 import { hva, iova } from "../../hypercalls/addresses.js";
 import { UsageError, VmmError } from "../../vmm/errors.js";
+import { CONSTANT } from "../../vmm/sys/vfio.js";
 import { type Assignment, OpenAssignments, prepareAssignments } from "../../vmm/vfio/assign.js";
 import { VfioBackend, VfioContainer, VfioGroup } from "../../vmm/vfio/container.js";
 import { capabilities } from "../../vmm/vfio/info-chain.js";
@@ -248,6 +250,11 @@ files("the backend answers with errnos and throws nothing", () => {
   const backend = new VfioBackend(-1);
   assert.equal(backend.map(iova(0x1000), hva(0x1000), 4096, 3), 9);
   assert.equal(backend.unmap(iova(0x1000), 4096), -9);
+});
+
+files("the engine's access bits are VFIO's", () => {
+  assert.equal(MAP_FLAG.read, CONSTANT.VFIO_DMA_MAP_FLAG_READ);
+  assert.equal(MAP_FLAG.write, CONSTANT.VFIO_DMA_MAP_FLAG_WRITE);
 });
 
 files("capability chains end, and stay inside the structure", () => {

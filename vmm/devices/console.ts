@@ -10,11 +10,12 @@ const LEAVE = new Set(["x", "X"].map((key) => key.charCodeAt(0)));
 
 export class Console {
   private afterEscape = false;
-  /** Typed bytes that did not fit the serial port's queue; offered again whenever the guest takes or writes some. */
+  /** Typed bytes that did not fit the serial port's queue; offered again when the guest has taken some. */
   private waiting: Buffer = Buffer.alloc(0);
   private blocked = false;
   private serial: Serial | undefined;
   private readonly onData = (typed: Buffer) => this.typed(typed);
+  /** There is room again, or nobody reads any more. */
   private readonly onDrain = () => {
     this.blocked = false;
     this.pump();
@@ -32,7 +33,7 @@ export class Console {
     this.serial = serial;
     if (this.input.isTTY) this.input.setRawMode?.(true);
     this.input.on("data", this.onData).resume();
-    this.output.on("drain", this.onDrain);
+    this.output.on("drain", this.onDrain).on("close", this.onDrain);
   }
 
   /** Carries what is left to the terminal and gives it back. */
@@ -42,16 +43,18 @@ export class Console {
     this.serial = undefined;
     this.waiting = Buffer.alloc(0);
     this.input.off("data", this.onData).pause();
-    this.output.off("drain", this.onDrain);
+    this.output.off("drain", this.onDrain).off("close", this.onDrain);
     if (this.input.isTTY) this.input.setRawMode?.(false);
   }
 
-  /** The guest wrote: takes it, unless the terminal is behind; then the guest waits in time. */
+  /** The guest wrote, or took input: carries on, but takes nothing while the terminal is behind; the guest waits in time. */
   pump(): void {
-    if (this.serial === undefined || this.blocked) return;
-    const bytes = this.serial.takeOutput();
-    if (bytes.length > 0 && !this.output.write(bytes)) this.blocked = true;
+    // Output that nobody reads any more (`vmm … | head`) is dropped: the guest goes on.
     if (this.waiting.length > 0) this.offer(Buffer.alloc(0));
+    const { writable } = this.output;
+    if (this.serial === undefined || (this.blocked && writable)) return;
+    const bytes = this.serial.takeOutput();
+    if (bytes.length > 0 && writable && !this.output.write(bytes)) this.blocked = true;
   }
 
   private typed(typed: Buffer): void {

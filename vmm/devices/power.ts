@@ -2,7 +2,7 @@
 // the reset port and the keyboard controller. Main thread.
 
 import { ACPI_PORTS, PM1_CONTROL } from "../boot/acpi.js";
-import type { IoHandler } from "../pci/machine-interface.js";
+import type { IoHandler } from "../io-bus.js";
 
 const KEYBOARD_PORT = 0x64;
 /** Keyboard controller command that pulses the CPU's reset line. */

@@ -30,6 +30,8 @@ const TX_IN = 12;
 const TX_OUT = 13;
 /** 1: the main thread was told that there is output and has not looked yet. */
 const TX_RUNG = 14;
+/** 1: typed bytes wait outside for room in the receive queue. */
+const RX_SHORT = 15;
 const STATE_WORDS = 16;
 
 const IER_RX = 1;
@@ -55,8 +57,8 @@ export class Serial {
   private readonly lock: Mutex;
 
   /**
-   * `setIrq` drives the interrupt line; `ring` tells the main thread that there is output. Both are called by the
-   * thread that caused it.
+   * `setIrq` drives the interrupt line; `ring` tells the main thread that there is output, or room for input. Both
+   * are called by the thread that caused it.
    */
   constructor(
     shared: SharedArrayBuffer,
@@ -72,16 +74,28 @@ export class Serial {
   /** Guest reads register 0 to 7. */
   read(register: number): number {
     this.lock.acquire();
-    const value = this.readLocked(register);
-    this.updateIrq();
-    this.lock.release();
-    return value;
+    try {
+      const value = this.readLocked(register);
+      this.updateIrq();
+      return value;
+    } finally {
+      this.lock.release();
+    }
   }
 
   /** Guest writes register 0 to 7. Waits while the terminal is TX_BYTES behind. */
   write(register: number, value: number): void {
-    const { state } = this;
     this.lock.acquire();
+    try {
+      this.writeLocked(register, value);
+      this.updateIrq();
+    } finally {
+      this.lock.release();
+    }
+  }
+
+  private writeLocked(register: number, value: number): void {
+    const { state } = this;
     const divisor = (state[LCR]! & LCR_DLAB) !== 0;
     if (register === 0 && !divisor) {
       if ((state[MCR]! & MCR_LOOP) !== 0) this.putRx(value);
@@ -98,18 +112,20 @@ export class Serial {
     } else if (register === 3) state[LCR] = value;
     else if (register === 4) state[MCR] = value & 0x1f;
     else if (register === 7) state[SCR] = value;
-    this.updateIrq();
-    this.lock.release();
   }
 
-  /** Puts typed bytes into the receive queue; returns how many fitted. */
+  /** Puts typed bytes into the receive queue; returns how many fitted. When not all did, a ring says when to go on. */
   pushInput(bytes: Uint8Array): number {
     this.lock.acquire();
-    let count = 0;
-    while (count < bytes.length && this.putRx(bytes[count]!)) count++;
-    this.updateIrq();
-    this.lock.release();
-    return count;
+    try {
+      let count = 0;
+      while (count < bytes.length && this.putRx(bytes[count]!)) count++;
+      this.state[RX_SHORT] = count < bytes.length ? 1 : 0;
+      this.updateIrq();
+      return count;
+    } finally {
+      this.lock.release();
+    }
   }
 
   /** Takes what the guest wrote since the last time; a copy. */
@@ -125,10 +141,10 @@ export class Serial {
     return output;
   }
 
-  /** Power-on state, queues empty. No vCPU may be running. */
-  reset(): void {
-    this.state.fill(0);
-    this.setIrq(0);
+  /** Throws output away when a vCPU waits for room: it is to stop, and nobody takes any. */
+  dropIfFull(): void {
+    const { state } = this;
+    if ((Atomics.load(state, TX_IN) - Atomics.load(state, TX_OUT)) >>> 0 >= TX_BYTES) this.takeOutput();
   }
 
   private readLocked(register: number): number {
@@ -139,6 +155,10 @@ export class Serial {
         if (divisor) return state[DLL]!;
         if (this.rxCount() === 0) return 0;
         state[RX_OUT] = (state[RX_OUT]! + 1) | 0;
+        if (state[RX_SHORT] === 1 && this.rxCount() <= RX_BYTES / 2) {
+          state[RX_SHORT] = 0;
+          this.ring();
+        }
         return this.rx[(state[RX_OUT]! - 1) & (RX_BYTES - 1)]!;
       case 1:
         return divisor ? state[DLM]! : state[IER]!;

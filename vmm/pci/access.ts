@@ -1,7 +1,7 @@
 // Accesses of the guest cut into what a register file understands: 1, 2 or 4 bytes, naturally aligned, so that none
 // touches two dwords. Pure.
 
-import type { Width } from "./machine-interface.js";
+import type { Width } from "../io-bus.js";
 
 const widthAt = (offset: number, left: number): Width =>
   left >= 4 && offset % 4 === 0 ? 4 : left >= 2 && offset % 2 === 0 ? 2 : 1;

@@ -2,9 +2,10 @@
 // Memory BARs become memory slots and trapped ranges, I/O BARs trapped ports. Addresses are the guest's (gpa or port).
 
 import { gpa, type Hva } from "../../hypercalls/addresses.js";
-import { SystemError, VmmError } from "../errors.js";
+import { isExpected, VmmError } from "../errors.js";
+import type { IoHandler } from "../io-bus.js";
 import type { ConfigSpace } from "./config-space.js";
-import type { IoHandler, PciMachine } from "./machine-interface.js";
+import type { PciMachine } from "./machine-interface.js";
 import { PCI } from "./registers.js";
 
 /** A stretch of a BAR: memory of this process (whole pages), or a handler whose offsets count from the BAR's start. */
@@ -207,7 +208,7 @@ export class AddressDecoder {
       action();
       return true;
     } catch (error) {
-      if (!(error instanceof SystemError || error instanceof VmmError)) throw error;
+      if (!isExpected(error)) throw error;
       this.warnOnce(bar, error.message, bar.address);
       return false;
     }

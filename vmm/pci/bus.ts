@@ -1,12 +1,14 @@
-// The guest's one PCI bus (segment 0, bus 0, one function per slot) and the two ways to its configuration space: ECAM
-// in memory and the ports CF8/CFC. Main thread.
+// The guest's one PCI bus (segment 0, bus 0, one function per slot) and its configuration space in memory, ECAM. The
+// ports 0xcf8 and 0xcfc lead there, too (devices/config-ports.ts). Main thread.
 
 import { gpa } from "../../hypercalls/addresses.js";
+import { forEachAnyway } from "../cleanup.js";
+import type { IoHandler, Width } from "../io-bus.js";
 import { allOnes, readAligned, writeAligned } from "./access.js";
 import { AddressDecoder, type BarWindows } from "./bars.js";
 import type { PciFunction } from "./function.js";
 import { HostBridge } from "./host-bridge.js";
-import type { IoHandler, PciMachine, Width } from "./machine-interface.js";
+import type { PciMachine } from "./machine-interface.js";
 import { EXTENDED_CONFIG_BYTES } from "./registers.js";
 
 /** Windows for BARs hold nothing else. In _CRS none of them is to be marked prefetchable: all kinds of BARs go there. */
@@ -19,11 +21,6 @@ export interface PciLayout extends BarWindows {
 export const SLOTS = 32;
 const FUNCTIONS = 8;
 export const ECAM_BYTES = SLOTS * FUNCTIONS * EXTENDED_CONFIG_BYTES;
-
-const ADDRESS_PORT = 0xcf8;
-const DATA_PORT = 0xcfc;
-const PORT_WIDTH = 4;
-const ADDRESS_ENABLE = 0x80000000;
 
 /** Where a configuration access goes. */
 export interface ConfigTarget {
@@ -38,19 +35,9 @@ export function decodeEcam(offset: number): ConfigTarget | undefined {
   return { slot: offset >> 15, function: (offset >> 12) & 7, register: offset & 0xfff };
 }
 
-/**
- * The target of byte `lane` (0 to 3) of the data port with `address` in the address port (PCI 3.0, 3.2.2.3.2);
- * undefined when the address is disabled or of another bus.
- */
-export function decodePorts(address: number, lane: number): ConfigTarget | undefined {
-  if (address < ADDRESS_ENABLE || ((address >> 16) & 0xff) !== 0) return undefined;
-  return { slot: (address >> 11) & 31, function: (address >> 8) & 7, register: (address & 0xfc) | lane };
-}
-
 export class PciBus {
   readonly decoder: AddressDecoder;
   private readonly slots = new Map<number, PciFunction>();
-  private portAddress = 0;
   private started = false;
 
   constructor(
@@ -73,26 +60,16 @@ export class PciBus {
   start(): void {
     this.decoder.place();
     this.machine.addMmio(gpa(this.layout.ecam), ECAM_BYTES, this.ecam);
-    this.machine.addPio(ADDRESS_PORT, 1, this.addressPort);
-    this.machine.addPio(DATA_PORT, PORT_WIDTH, this.dataPort);
     this.started = true;
-  }
-
-  /** The guest reboots. */
-  reset(): void {
-    this.portAddress = 0;
-    for (const pciFunction of this.slots.values()) pciFunction.reset();
   }
 
   /** Closes the functions, which gives the devices back. */
   close(): void {
-    for (const pciFunction of this.slots.values()) pciFunction.close();
-    this.slots.clear();
-    if (!this.started) return;
+    if (this.started) this.machine.removeMmio(gpa(this.layout.ecam));
     this.started = false;
-    this.machine.removeMmio(gpa(this.layout.ecam));
-    this.machine.removePio(ADDRESS_PORT);
-    this.machine.removePio(DATA_PORT);
+    const all = [...this.slots.values()];
+    this.slots.clear();
+    forEachAnyway(all, (each) => each.close());
   }
 
   private readonly ecam: IoHandler = {
@@ -101,28 +78,6 @@ export class PciBus {
     write: (offset, width, value) =>
       writeAligned(offset, width, value, (at, piece, part) => this.writeConfig(decodeEcam(at), piece, part)),
   };
-
-  /** Only whole dwords are CONFIG_ADDRESS: CF9, one byte in, is something else (reset). */
-  private readonly addressPort: IoHandler = {
-    read: (_offset, width) => (width === PORT_WIDTH ? this.portAddress : allOnes(width)),
-    write: (_offset, width, value) => {
-      // Bits 30:24 are reserved, bits 1:0 are zero.
-      if (width === PORT_WIDTH) this.portAddress = (value & 0x80fffffc) >>> 0;
-    },
-  };
-
-  private readonly dataPort: IoHandler = {
-    read: (offset, width) =>
-      readAligned(offset, width, (lane, piece) => this.readConfig(this.portTarget(lane), piece)),
-    write: (offset, width, value) =>
-      writeAligned(offset, width, value, (lane, piece, part) =>
-        this.writeConfig(this.portTarget(lane), piece, part),
-      ),
-  };
-
-  private portTarget(lane: number): ConfigTarget | undefined {
-    return lane < PORT_WIDTH ? decodePorts(this.portAddress, lane) : undefined;
-  }
 
   /** An absent function reads as ones, which is how guests see that there is none. */
   private readConfig(target: ConfigTarget | undefined, width: Width): number {

@@ -1,7 +1,7 @@
 // A function's first 256 bytes of configuration space: bytes, and which of their bits the guest may write. Extended
 // configuration space (PCIe, from 256 on) reads as zero: no extended capability is shown. Pure.
 
-import type { Width } from "./machine-interface.js";
+import type { Width } from "../io-bus.js";
 import { CONFIG_BYTES } from "./registers.js";
 
 export class ConfigSpace {

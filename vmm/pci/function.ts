@@ -1,6 +1,6 @@
 // What the bus needs of a PCI function, whoever implements it. Types only.
 
-import type { Width } from "./machine-interface.js";
+import type { Width } from "../io-bus.js";
 
 /** Registers are naturally aligned, 0 to 4095. Nothing here throws for what the guest does. */
 export interface PciFunction {
@@ -8,8 +8,6 @@ export interface PciFunction {
   readonly name: string;
   readConfig(register: number, width: Width): number;
   writeConfig(register: number, width: Width, value: number): void;
-  /** As after power-on, with the BARs where firmware placed them. */
-  reset(): void;
   /** Gives back what the function holds of the machine and the host. */
   close(): void;
 }

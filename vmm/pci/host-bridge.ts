@@ -1,8 +1,8 @@
 // The function at 00.0: guests take a host bridge there for the sign that configuration accesses work at all.
 
+import type { Width } from "../io-bus.js";
 import { ConfigSpace } from "./config-space.js";
 import type { PciFunction } from "./function.js";
-import type { Width } from "./machine-interface.js";
 import { PCI } from "./registers.js";
 
 /** "PCIe Host bridge" of Red Hat's range for virtual devices: guests know it and attach no quirk to it. */
@@ -25,6 +25,5 @@ export class HostBridge implements PciFunction {
   }
 
   writeConfig(): void {}
-  reset(): void {}
   close(): void {}
 }

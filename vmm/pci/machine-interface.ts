@@ -2,18 +2,7 @@
 // Everything here runs on the main thread; vCPUs forward their exits to it.
 
 import type { Gpa, Hva } from "../../hypercalls/addresses.js";
-
-/** Bytes of one access. The machine splits accesses of 8 into two of 4, the low one first. */
-export type Width = 1 | 2 | 4;
-
-/**
- * A trapped range. `offset` counts from the range's first byte, values are unsigned. An access goes to the range that
- * holds its first byte, and may run over its end. Must not throw.
- */
-export interface IoHandler {
-  read(offset: number, width: Width): number;
-  write(offset: number, width: Width, value: number): void;
-}
+import type { IoHandler } from "../io-bus.js";
 
 /** Every function that fails throws a SystemError or a VmmError. Lengths of slots are whole pages. */
 export interface PciMachine {

@@ -1,7 +1,7 @@
 // MSI (PCI 3.0, 6.8.1): 1 to 32 vectors that share one message, vector i in the low bits of its data. Only what the
 // guest's settings mean for the machine; the capability's registers are the function's configuration space.
 
-import { SystemError, VmmError } from "../errors.js";
+import { isExpected } from "../errors.js";
 import type { PciMachine } from "./machine-interface.js";
 import { type IrqSource, type Message, MsiVector } from "./msi-vector.js";
 
@@ -34,14 +34,16 @@ export class Msi {
       const { lo, hi, data } = settings.message;
       const own = { lo, hi, data: ((data & ~(count - 1)) | index) >>> 0 };
       const masked = (settings.mask >>> index) & 1;
-      if (masked || !this.attempt(`vector ${index}`, () => line.connect(own))) line.disconnect();
+      if (masked || !this.attempt(`vector ${index}`, () => line.connect(own))) {
+        this.attempt(`vector ${index}`, () => line.disconnect());
+      }
     }
     // A device cannot change how many MSI vectors it uses while it is on, so all of them get an eventfd now.
     if (
       starting &&
       !this.attempt(`on, ${count} vectors`, () => this.source.enable(this.vectors.map((v) => v.eventfd)))
     ) {
-      for (const line of this.vectors) line.disconnect();
+      for (const line of this.vectors) this.attempt("off", () => line.disconnect());
     }
   }
 
@@ -52,8 +54,9 @@ export class Msi {
 
   private stop(): void {
     if (this.vectors.length > 0) this.attempt("off", () => this.source.disable());
-    for (const line of this.vectors) line.close();
+    const lines = this.vectors;
     this.vectors = [];
+    for (const line of lines) this.attempt("off", () => line.close());
   }
 
   private attempt(what: string, action: () => void): boolean {
@@ -61,7 +64,7 @@ export class Msi {
       action();
       return true;
     } catch (error) {
-      if (!(error instanceof SystemError || error instanceof VmmError)) throw error;
+      if (!isExpected(error)) throw error;
       this.warn(`MSI ${what}: ${error.message}`);
       return false;
     }

@@ -1,9 +1,10 @@
 // MSI-X (PCI 3.0, 6.8.2): the table and the pending bits as the guest sees them, and what its writes mean for the
 // machine. The device's own table is never the guest's: the host programs it. Everything the guest writes is untrusted.
 
-import { SystemError, VmmError } from "../errors.js";
+import { isExpected } from "../errors.js";
+import type { Width } from "../io-bus.js";
 import { allOnes } from "./access.js";
-import type { PciMachine, Width } from "./machine-interface.js";
+import type { PciMachine } from "./machine-interface.js";
 import { type IrqSource, type Message, MsiVector } from "./msi-vector.js";
 import { PCI } from "./registers.js";
 
@@ -118,7 +119,7 @@ export class Msix {
       action();
       return true;
     } catch (error) {
-      if (!(error instanceof SystemError || error instanceof VmmError)) throw error;
+      if (!isExpected(error)) throw error;
       this.warn(`MSI-X ${what}: ${error.message}`);
       return false;
     }
@@ -136,7 +137,7 @@ export class Msix {
     const inUse = fds.reduce((end, fd, vector) => (fd >= 0 ? vector + 1 : end), 1);
     const count = this.source.growable ? inUse : fds.length;
     this.running = this.attempt(`on, ${count} vectors`, () => this.source.enable(fds.slice(0, count)));
-    if (!this.running) for (const line of this.vectors) line.close();
+    if (!this.running) for (const line of this.vectors) this.attempt("off", () => line.close());
     else for (const [vector, fd] of fds.entries()) this.triggered[vector] = fd >= 0;
   }
 
@@ -144,12 +145,13 @@ export class Msix {
     if (this.running) this.attempt("off", () => this.source.disable());
     this.running = false;
     this.triggered.fill(false);
-    for (const line of this.vectors) line.close();
+    for (const line of this.vectors) this.attempt("off", () => line.close());
   }
 
   private refresh(vector: number): void {
     const line = this.vectors[vector]!;
-    if (!this.open(vector) || !this.connect(vector)) line.disconnect();
+    if (!this.open(vector) || !this.connect(vector))
+      this.attempt(`vector ${vector}`, () => line.disconnect());
     else if (!this.triggered[vector]) {
       this.triggered[vector] = this.attempt(`vector ${vector}`, () =>
         this.source.setTrigger(vector, line.eventfd),

@@ -3,7 +3,8 @@
 // mapped into the guest but for the pages that hold the MSI-X table and pending bits. What is not listed is hidden.
 
 import { type Hva, PAGE_BYTES } from "../../hypercalls/addresses.js";
-import { SystemError, VmmError } from "../errors.js";
+import { isExpected, VmmError } from "../errors.js";
+import type { IoHandler, Width } from "../io-bus.js";
 import { CONSTANT } from "../sys/vfio.js";
 import type { Area, VfioDeviceAccess } from "../vfio/device.js";
 import { allOnes, readAligned, writeAligned } from "./access.js";
@@ -11,7 +12,7 @@ import { type AddressDecoder, Bar, type BarPart, type BarSpec } from "./bars.js"
 import { ConfigSpace } from "./config-space.js";
 import type { PciFunction } from "./function.js";
 import { Intx } from "./intx.js";
-import type { IoHandler, PciMachine, Width } from "./machine-interface.js";
+import type { PciMachine } from "./machine-interface.js";
 import { Msi } from "./msi.js";
 import type { IrqSource } from "./msi-vector.js";
 import { Msix } from "./msix.js";
@@ -148,7 +149,8 @@ export class VfioPciFunction implements PciFunction {
     });
   }
 
-  reset(): void {
+  /** As after power-on, with the BARs where firmware placed them: the guest asked for a function level reset. */
+  private reset(): void {
     this.stop();
     this.config.restore(this.powerOn);
     for (const bar of this.bars) bar.address = bar.home;
@@ -169,10 +171,16 @@ export class VfioPciFunction implements PciFunction {
 
   /** Nothing of the device reaches the guest, and the device reaches nothing. */
   private stop(): void {
+    // No more DMA; but the device goes on decoding until no vCPU reaches its BARs: an access would fault in KVM_RUN.
+    this.attempt("bus mastering", () => {
+      this.command &= ~PCI.PCI_COMMAND_MASTER;
+      this.device.write(CONFIG, PCI.PCI_COMMAND, 2, this.command);
+    });
     for (const bar of this.bars) bar.decoding = false;
-    this.decoder.settle();
-    this.msix?.reset();
-    this.msi?.apply({ enabled: false, count: 0, message: { lo: 0, hi: 0, data: 0 }, mask: 0 });
+    this.attempt("BARs", () => this.decoder.settle());
+    this.attempt("MSI-X", () => this.msix?.reset());
+    const off = { enabled: false, count: 0, message: { lo: 0, hi: 0, data: 0 }, mask: 0 };
+    this.attempt("MSI", () => this.msi?.apply(off));
     this.attempt("INTx", () => this.intx?.disable());
     this.mode = "intx";
     this.attempt("reset", () => this.quiesce());
@@ -534,7 +542,7 @@ export class VfioPciFunction implements PciFunction {
     try {
       return action();
     } catch (error) {
-      if (!(error instanceof SystemError || error instanceof VmmError)) throw error;
+      if (!isExpected(error)) throw error;
       this.warn(what, `${what}: ${error.message}`);
       return undefined;
     }

@@ -8,10 +8,10 @@ export type StructLayout = Readonly<Record<string, number>> & { readonly size: n
 export const newStruct = (layout: StructLayout, extraBytes = 0): DataView =>
   new DataView(new ArrayBuffer(layout.size + extraBytes));
 
-/** Writes a number of 0 to 2^53 - 1 as a __u64, without BigInt. */
+/** Writes a number of 0 to 2^53 - 1 as a __u64, without BigInt: setUint32 takes its value modulo 2^32. */
 export function setU64(view: DataView, offset: number, value: number): void {
-  view.setUint32(offset, value % 2 ** 32, true);
-  view.setUint32(offset + 4, Math.floor(value / 2 ** 32), true);
+  view.setUint32(offset, value, true);
+  view.setUint32(offset + 4, value / 2 ** 32, true);
 }
 
 /** Reads a __u64 as a double: exact below 2^53, rounded above (compare before use). */

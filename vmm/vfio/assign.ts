@@ -1,7 +1,8 @@
 // From --assign to open devices, in three steps: validate everything (sysfs only), open containers and groups, open the
 // devices. KVM has to be told of the groups between the last two. A failure closes whatever was open.
 
-import { VmmError } from "../errors.js";
+import { forEachAnyway } from "../cleanup.js";
+import { UsageError, VmmError } from "../errors.js";
 import { SLOTS } from "../pci/bus.js";
 import { VfioContainer, VfioGroup } from "./container.js";
 import type { VfioDevice } from "./device.js";
@@ -26,7 +27,8 @@ export interface Assignment {
 
 const SHARED_DOMAIN = "shared";
 
-/** Checks all requests before anything is touched. Throws a VmmError for the first that cannot be met. */
+/** Checks all requests before anything is touched. Throws a VmmError for the first that cannot be met, a
+ * UsageError for requests that contradict each other. */
 export function prepareAssignments(
   requests: readonly AssignRequest[],
   options: { readonly sysfs?: string; readonly takenSlots?: ReadonlySet<number> } = {},
@@ -36,7 +38,7 @@ export function prepareAssignments(
   );
   const seen = new Set<Bdf>();
   for (const { bdf, guestSlot } of requests) {
-    if (seen.has(bdf)) throw new VmmError(`${bdf}: assigned twice; name each device once`);
+    if (seen.has(bdf)) throw new UsageError(`${bdf}: assigned twice; name each device once`);
     seen.add(bdf);
     if (guestSlot === undefined) continue;
     if (!Number.isInteger(guestSlot) || guestSlot < 1 || guestSlot >= SLOTS) {
@@ -44,7 +46,7 @@ export function prepareAssignments(
     }
     const other = owner.get(guestSlot);
     if (other !== undefined)
-      throw new VmmError(`${bdf}: guest slot ${guestSlot} is taken by ${other}; use another`);
+      throw new UsageError(`${bdf}: guest slot ${guestSlot} is taken by ${other}; use another`);
     owner.set(guestSlot, bdf);
   }
 
@@ -56,7 +58,7 @@ export function prepareAssignments(
     domainOf.set(group, first);
     if (first.domain !== domain) {
       throw new VmmError(
-        `${bdf}: shares IOMMU group ${group} with ${first.bdf}, so both have to be in one domain; give them the same policy and domain`,
+        `${bdf}: shares IOMMU group ${group} with ${first.bdf}, so both have to be in one domain; give them the same policy, and neither domain=own`,
       );
     }
     const guestSlot = request.guestSlot ?? freeSlot(owner, bdf);
@@ -119,11 +121,10 @@ export class OpenAssignments {
 
   /** Closes devices that are still open, then groups and containers, and with them every mapping. */
   close(): void {
-    for (const device of this.devices) device.close();
-    for (const group of this.byNumber.values()) group.close();
-    for (const container of this.byLabel.values()) container.close();
+    const all = [...this.devices, ...this.byNumber.values(), ...this.byLabel.values()];
     this.devices = [];
     this.byNumber.clear();
     this.byLabel.clear();
+    forEachAnyway(all, (each) => each.close());
   }
 }

@@ -4,6 +4,7 @@
 import { closeSync, readSync, writeSync } from "node:fs";
 import type { Hva } from "../../hypercalls/addresses.js";
 import { SystemError } from "../errors.js";
+import type { Width } from "../io-bus.js";
 import {
   check,
   errnoName,
@@ -15,7 +16,6 @@ import {
   PROT_WRITE,
 } from "../native/libc.js";
 import { getLe, setLe } from "../pci/config-space.js";
-import type { Width } from "../pci/machine-interface.js";
 import { getU64, newStruct } from "../sys/layout.js";
 import { CONSTANT, IOCTL, STRUCT } from "../sys/vfio.js";
 import { capabilities } from "./info-chain.js";

@@ -56,6 +56,8 @@ export class FaultyBackend implements DmaBackend {
   unmapFault: () => Fault = () => undefined;
   maps = 0;
   unmaps = 0;
+  /** IOVA pages of the entries that were mapped, in order; for tests to empty. */
+  readonly mapped: number[] = [];
 
   constructor(type1: Type1) {
     this.type1 = type1;
@@ -66,7 +68,10 @@ export class FaultyBackend implements DmaBackend {
     const fault = this.mapFault();
     if (fault !== undefined && fault !== "partly") return fault.errno;
     const errno = this.type1.map(at, from, bytes, access);
-    if (errno === 0) this.entries.set(at / PAGE, { pages: bytes / PAGE, hva: from });
+    if (errno === 0) {
+      this.entries.set(at / PAGE, { pages: bytes / PAGE, hva: from });
+      this.mapped.push(at / PAGE);
+    }
     return errno;
   }
 
@@ -91,7 +96,7 @@ export interface Fixture {
   readonly state: EngineState;
   readonly engine: Engine;
   readonly backends: readonly FaultyBackend[];
-  /** Distinct pins per RAM page. */
+  /** How often a RAM page is pinned. */
   readonly pinCount: (ramPage: number) => number;
 }
 

@@ -2,9 +2,11 @@
 // a backend in shared memory that notices when two mappings meet.
 
 import { parentPort, workerData } from "node:worker_threads";
+import { STATUS } from "../../../hypercalls/abi.js";
 import { PAGE_BYTES } from "../../../hypercalls/addresses.js";
 import type { DmaBackend } from "../../../hypercalls/backend.js";
 import { Engine, type EngineState } from "../../../hypercalls/engine.js";
+import { statusClassOf } from "../../../hypercalls/status.js";
 import { Random } from "./random.js";
 
 export interface WorkerJob {
@@ -16,6 +18,8 @@ export interface WorkerJob {
   readonly lane: number;
   readonly operations: number;
   readonly ramPages: number;
+  /** Instead: map and unmap for device 1 until it is gone, with the pairs counted here. */
+  readonly untilGone?: SharedArrayBuffer;
 }
 
 /** Who has which IOVA page, by atomic exchange: a page mapped twice, or unmapped twice, is a fault. */
@@ -75,7 +79,24 @@ function hammer(job: WorkerJob): void {
   while (live.length > 0) unmap(live.length - 1);
 }
 
+/** Maps for device 1 until that is answered with another status than ok, which is to be `gone`. */
+function mapUntilGone(job: WorkerJob, progress: Int32Array): void {
+  const table = new OwnerTable(new Int32Array(job.owners[0]!), new Int32Array(job.faults));
+  const engine = new Engine(job.state, () => table, job.lane);
+  for (;;) {
+    const result = engine.map(1, 0, PAGE_BYTES, 2 ** 44, 3);
+    if (result !== 0) {
+      if (statusClassOf(result) !== STATUS.gone) throw new Error(`map failed: status ${result}`);
+      return;
+    }
+    engine.unmap(1, engine.out[0]!, PAGE_BYTES);
+    Atomics.add(progress, 0, 1);
+  }
+}
+
 if (parentPort !== null) {
-  hammer(workerData as WorkerJob);
+  const job = workerData as WorkerJob;
+  if (job.untilGone === undefined) hammer(job);
+  else mapUntilGone(job, new Int32Array(job.untilGone));
   parentPort.postMessage("done");
 }

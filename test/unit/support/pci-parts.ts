@@ -3,8 +3,10 @@
 
 import { writeSync } from "node:fs";
 import { type Hva, hva } from "../../../hypercalls/addresses.js";
+import { ConfigPorts, newConfigAddress } from "../../../vmm/devices/config-ports.js";
 import { SystemError } from "../../../vmm/errors.js";
-import type { IoHandler, PciMachine, Width } from "../../../vmm/pci/machine-interface.js";
+import type { IoHandler, Width } from "../../../vmm/io-bus.js";
+import type { PciMachine } from "../../../vmm/pci/machine-interface.js";
 import type { Area, IrqInfo, RegionInfo, VfioDeviceAccess } from "../../../vmm/vfio/device.js";
 
 /** A breach of an interface: never something that the code under test may catch. */
@@ -27,6 +29,7 @@ export class Machine implements PciMachine {
   readonly log: string[] = [];
   readonly slots = new Map<number, { readonly gpa: number; readonly bytes: number; readonly hva: number }>();
   readonly mmio: Range[] = [];
+  readonly #config = new ConfigPorts(newConfigAddress());
   readonly pio: Range[] = [];
   readonly gsis = new Set<number>();
   readonly routes = new Map<number, string>();
@@ -136,12 +139,27 @@ export class Machine implements PciMachine {
     range?.handler.write(address - range.start, width, value);
   }
 
+  /** A guest's access to a port; the configuration ports lead to ECAM, as on a vCPU's thread. */
   in(port: number, width: Width): number {
+    if (this.#config.isAddress(port, width)) return this.#config.readAddress();
+    if (this.#config.isData(port)) {
+      const address = this.#config.ecamAddress(port, width);
+      return address < 0 ? 2 ** (8 * width) - 1 : this.readMemory(address, width);
+    }
     const range = hit(this.pio, port);
     return range ? range.handler.read(port - range.start, width) : 2 ** (8 * width) - 1;
   }
 
   out(port: number, width: Width, value: number): void {
+    if (this.#config.isAddress(port, width)) {
+      this.#config.writeAddress(value);
+      return;
+    }
+    if (this.#config.isData(port)) {
+      const address = this.#config.ecamAddress(port, width);
+      if (address >= 0) this.writeMemory(address, width, value);
+      return;
+    }
     const range = hit(this.pio, port);
     range?.handler.write(port - range.start, width, value);
   }

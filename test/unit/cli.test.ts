@@ -1,0 +1,152 @@
+// The command as users run it: what is wrong is said in one line, with exit status 2 for the command line and 1 for
+// everything else. Only mistakes that are found before /dev/kvm is touched; the others are in lab/errors.test.ts.
+
+import { spawnSync } from "node:child_process";
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import { parseCommandLine } from "../../vmm/options.js";
+import { repoRoot } from "../lab/cache.js";
+
+const test = suite("command line");
+const directory = mkdtempSync(join(tmpdir(), "pvdma-cli-"));
+test.after(() => rmSync(directory, { recursive: true }));
+
+function vmm(...args: string[]): { status: number | null; stdout: string; stderr: string } {
+  const { status, stdout, stderr } = spawnSync(process.execPath, [join(repoRoot, "dist/vmm.js"), ...args], {
+    cwd: directory,
+    encoding: "utf8",
+    timeout: 30_000,
+  });
+  return { status, stdout, stderr };
+}
+
+/** The smallest thing that looks like a bzImage: a boot sector, one setup sector, `payloadBytes` of payload. */
+function bzImage(payloadBytes: number, loadFlags = 1): Buffer {
+  const image = Buffer.alloc(1024 + payloadBytes);
+  image[0x1f1] = 1;
+  image.set([0xeb, 0x66], 0x200); // the jump over the setup header, which says where it ends
+  image.writeUInt32LE(Math.ceil(payloadBytes / 16), 0x1f4);
+  image.writeUInt16LE(0xaa55, 0x1fe);
+  image.write("HdrS", 0x202, "latin1");
+  image.writeUInt16LE(0x20f, 0x206);
+  image[0x211] = 1;
+  image.writeUInt32LE(0x7fffffff, 0x22c);
+  image.writeUInt32LE(0x200000, 0x230);
+  image[0x234] = 1;
+  image.writeUInt16LE(loadFlags, 0x236);
+  image.writeUInt32LE(255, 0x238);
+  image.writeUInt32LE(0x1000000, 0x258);
+  image.writeUInt32LE(payloadBytes, 0x260);
+  return image;
+}
+
+function file(name: string, content: string | Buffer): string {
+  writeFileSync(join(directory, name), content);
+  return name;
+}
+
+const usage: readonly (readonly [args: string[], message: string])[] = [
+  [[], "nothing to run; give an image or --kernel, see --help"],
+  [["a", "b"], "b: only one image can be given, and a already is; see --help"],
+  [["--bogus", "a"], "Unknown option '--bogus'; see --help"],
+  [["--cpus", "0", "a"], "--cpus 0: not a whole number from 1 to 16"],
+  [["--cpus", "17", "a"], "--cpus 17: not a whole number from 1 to 16"],
+  [["--memory", "12X", "a"], "--memory 12X: not a size; give a number with K, M, G or T, such as 512M"],
+  [["--memory", "4M", "a"], "--memory 4M: too small; a guest needs at least 16M"],
+  [["--memory", "8T", "a"], "--memory 8T: too large; it has to be less than 8T"],
+  [["--memory", "20000K", "a"], "--memory 20000K: not a whole number of MiB"],
+  [["--dma", "open", "a"], "--dma open: not a policy; there are strict and pinned"],
+  [["--assign", "", "a"], "--assign : names no device; give a BDF such as 0000:02:00.0"],
+  [
+    ["--assign", "somewhere", "a"],
+    '"somewhere" is no PCI address; it looks like 0000:02:00.0 or 02:00.0 (see lspci -D)',
+  ],
+  [["--assign", "02:00.0,guest", "a"], "--assign 02:00.0,guest: guest is not KEY=VALUE; see --help"],
+  [["--assign", "02:00.0,guest=0", "a"], "--assign 02:00.0,guest=0: guest: not a whole number from 1 to 31"],
+  [["--assign", "02:00.0,guest=1,guest=2", "a"], "--assign 02:00.0,guest=1,guest=2: guest is given twice"],
+  [["--assign", "02:00.0,constructor=1", "a"], "--assign 02:00.0,constructor=1: unknown key constructor"],
+  [["--assign", "02:00.0,domain=mine", "a"], "--assign 02:00.0,domain=mine: domain: the only value is own"],
+  [
+    ["--assign", "02:00.0", "--assign", "0000:02:00.0", "a"],
+    "0000:02:00.0: assigned twice; name each device once",
+  ],
+];
+
+const failure: readonly (readonly [name: string, args: () => string[], message: string | RegExp])[] = [
+  ["missing", () => ["none.img"], "cannot open guest image none.img: no such file; check the path (ENOENT)"],
+  [
+    "missing initrd",
+    () => ["--initrd", "none", file("k", bzImage(4096))],
+    "cannot open initrd none: no such file; check the path (ENOENT)",
+  ],
+  ["empty", () => [file("empty.img", "")], "guest image empty.img is empty (0 bytes): make or copy it again"],
+  [
+    "truncated",
+    () => [file("cut.img", bzImage(8192).subarray(0, 4000))],
+    "guest image cut.img is truncated: the kernel ends at byte 9216, there are 4000; copy or make it again",
+  ],
+  [
+    "unknown kind",
+    () => [file("text.img", "hello world")],
+    "guest image text.img is of unknown kind (11 bytes, the first are 68 65 6c 6c 6f 20 77 6f): give a unified kernel image or a bzImage for x86-64",
+  ],
+  [
+    "32-bit only",
+    () => [file("old.img", bzImage(4096, 0))],
+    "guest image old.img is a 32-bit only bzImage (xloadflags 0x0, no XLF_KERNEL_64): give an x86-64 kernel",
+  ],
+  [
+    "a directory",
+    () => {
+      mkdirSync(join(directory, "dir"));
+      return ["dir"];
+    },
+    "guest image dir is a directory, not a regular file: give the file itself",
+  ],
+  ["no such BDF", () => ["--assign", "7fff:02:00.0", "a"], "7fff:02:00.0: no such PCI device; see lspci -D"],
+];
+
+for (const [args, message] of usage) {
+  test(`usage: ${args.join(" ")}`, () => {
+    assert.equal(vmm(...args), { status: 2, stdout: "", stderr: `vmm: ${message}\n` });
+  });
+}
+for (const [name, args, message] of failure) {
+  test(`failure: ${name}`, () => {
+    assert.equal(vmm(...args()), { status: 1, stdout: "", stderr: `vmm: ${message}\n` });
+  });
+}
+
+test("--help and --version", () => {
+  const help = vmm("--help");
+  assert.is(help.status, 0);
+  assert.match(help.stdout, /--assign BDF/);
+  assert.match(vmm("--version").stdout, /^vmm \d+\.\d+\.\d+\n$/);
+});
+
+test("options become what they say", () => {
+  const parsed = parseCommandLine([
+    ..."--cpus 4 --memory 8G --dma pinned --no-reboot --stats --cmdline".split(" "),
+    "console=ttyS0 quiet",
+    ..."--assign 02:00.0,guest=5,dma=strict --assign 03:00.0,domain=own guest.img".split(" "),
+  ]);
+  assert.equal(parsed, {
+    run: {
+      image: "guest.img",
+      cmdline: "console=ttyS0 quiet",
+      cpus: 4,
+      memoryBytes: 8 * 2 ** 30,
+      assignments: [
+        { bdf: "02:00.0", guestSlot: 5, policy: "strict", ownDomain: false },
+        { bdf: "03:00.0", policy: "pinned", ownDomain: true },
+      ],
+      stats: true,
+      reboot: false,
+    },
+  });
+});
+
+test.run();
