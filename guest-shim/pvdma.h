@@ -78,6 +78,9 @@ u32 pvdma_streaming_flags(const struct pvdma_device *p, struct device *dev,
 			  enum dma_data_direction dir);
 u32 pvdma_coherent_flags(const struct pvdma_device *p, enum dma_data_direction dir);
 int pvdma_errno(u32 status);
+struct page *pvdma_get_pages(struct device *dev, size_t size, gfp_t gfp);
+void pvdma_put_pages(struct device *dev, struct page *page, size_t size,
+		     dma_addr_t iova, bool unreachable);
 size_t pvdma_max_mapping_size(struct device *dev);
 int pvdma_dma_supported(struct device *dev, u64 mask);
 u64 pvdma_get_required_mask(struct device *dev);

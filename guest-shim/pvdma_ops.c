@@ -347,18 +347,36 @@ static void pvdma_unmap_sg(struct device *dev, struct scatterlist *sgl, int nent
  * Memory for both sides. Any page will do, since its address is translated: no
  * zones, no bounce buffers.
  */
-static struct page *pvdma_get_pages(struct device *dev, size_t size,
-				    dma_addr_t *iova, enum dma_data_direction dir,
-				    gfp_t gfp)
+struct page *pvdma_get_pages(struct device *dev, size_t size, gfp_t gfp)
+{
+	if (unlikely(!size))
+		return NULL;
+	return alloc_pages_node(dev_to_node(dev), (gfp & ~__GFP_COMP) | __GFP_ZERO,
+				get_order(size));
+}
+
+/* Gives memory back, if no device can reach it any more. */
+void pvdma_put_pages(struct device *dev, struct page *page, size_t size,
+		     dma_addr_t iova, bool unreachable)
+{
+	if (likely(unreachable))
+		__free_pages(page, get_order(size));
+	else	/* lost memory does less harm than memory a device still writes to */
+		dev_err(dev, "pvdma: %zu bytes at bus address %pad are never freed: the device may still reach them\n",
+			size, &iova);
+}
+
+static struct page *pvdma_alloc_pages(struct device *dev, size_t size,
+				      dma_addr_t *iova,
+				      enum dma_data_direction dir, gfp_t gfp)
 {
 	struct pvdma_device *p = pvdma_of(dev);
 	struct page *page;
 	u64 address;
 
-	if (unlikely(!p || !size))
+	if (unlikely(!p))
 		return NULL;
-	page = alloc_pages_node(dev_to_node(dev), (gfp & ~__GFP_COMP) | __GFP_ZERO,
-				get_order(size));
+	page = pvdma_get_pages(dev, size, gfp);
 	if (!page)
 		return NULL;
 	if (PVDMA_STATUS_CLASS(pvdma_make(p, page_to_phys(page), PAGE_ALIGN(size),
@@ -372,22 +390,19 @@ static struct page *pvdma_get_pages(struct device *dev, size_t size,
 	return page;
 }
 
-static void pvdma_put_pages(struct device *dev, size_t size, struct page *page,
-			    dma_addr_t iova)
+static void pvdma_free_pages(struct device *dev, size_t size, struct page *page,
+			     dma_addr_t iova, enum dma_data_direction dir)
 {
 	struct pvdma_device *p = pvdma_of(dev);
 
-	if (likely(p && pvdma_unreachable(pvdma_take(p, iova, PAGE_ALIGN(size)))))
-		__free_pages(page, get_order(size));
-	else	/* lost memory does less harm than memory a device still writes to */
-		dev_err(dev, "pvdma: %zu bytes at bus address %pad are never freed: the device may still reach them\n",
-			size, &iova);
+	pvdma_put_pages(dev, page, size, iova,
+			p && pvdma_unreachable(pvdma_take(p, iova, PAGE_ALIGN(size))));
 }
 
 static void *pvdma_alloc(struct device *dev, size_t size, dma_addr_t *iova,
 			 gfp_t gfp, unsigned long attrs)
 {
-	struct page *page = pvdma_get_pages(dev, size, iova, DMA_BIDIRECTIONAL, gfp);
+	struct page *page = pvdma_alloc_pages(dev, size, iova, DMA_BIDIRECTIONAL, gfp);
 
 	return page ? page_address(page) : NULL;
 }
@@ -395,20 +410,7 @@ static void *pvdma_alloc(struct device *dev, size_t size, dma_addr_t *iova,
 static void pvdma_free(struct device *dev, size_t size, void *vaddr,
 		       dma_addr_t iova, unsigned long attrs)
 {
-	pvdma_put_pages(dev, size, virt_to_page(vaddr), iova);
-}
-
-static struct page *pvdma_alloc_pages(struct device *dev, size_t size,
-				      dma_addr_t *iova,
-				      enum dma_data_direction dir, gfp_t gfp)
-{
-	return pvdma_get_pages(dev, size, iova, dir, gfp);
-}
-
-static void pvdma_free_pages(struct device *dev, size_t size, struct page *page,
-			     dma_addr_t iova, enum dma_data_direction dir)
-{
-	pvdma_put_pages(dev, size, page, iova);
+	pvdma_free_pages(dev, size, virt_to_page(vaddr), iova, DMA_BIDIRECTIONAL);
 }
 
 static int pvdma_mmap(struct device *dev, struct vm_area_struct *vma, void *vaddr,

@@ -7,6 +7,7 @@
  * layer's address of every page is remembered. Short rather than fast: no lists.
  * Address conventions: pvdma.h.
  */
+#include <linux/gfp.h>
 #include <linux/mm.h>
 #include <linux/scatterlist.h>
 
@@ -133,19 +134,26 @@ static dma_addr_t pvdma_stack_map_page(struct device *dev, struct page *page,
 	return DMA_MAPPING_ERROR;
 }
 
-static void pvdma_stack_unmap(struct device *dev, dma_addr_t iova, size_t size,
-			      enum dma_data_direction dir, unsigned long attrs)
+static bool pvdma_stack_undo(struct device *dev, dma_addr_t iova, size_t size,
+			     enum dma_data_direction dir, unsigned long attrs)
 {
 	struct pvdma_device *p = pvdma_of(dev);
 	dma_addr_t below;
 
 	if (unlikely(!p) || !pvdma_pop(p, iova, size, &below))
-		return;
+		return false;
 #if PVDMA_MAP_PHYS
 	p->lower->unmap_phys(dev, below, size, dir, attrs);
 #else
 	p->lower->unmap_page(dev, below, size, dir, attrs);
 #endif
+	return true;
+}
+
+static void pvdma_stack_unmap(struct device *dev, dma_addr_t iova, size_t size,
+			      enum dma_data_direction dir, unsigned long attrs)
+{
+	pvdma_stack_undo(dev, iova, size, dir, attrs);
 }
 
 #if !PVDMA_MAP_PHYS
@@ -286,34 +294,34 @@ static void pvdma_stack_free(struct device *dev, size_t size, void *vaddr,
 		p->lower->free(dev, size, vaddr, below, attrs);
 }
 
+/*
+ * Not by the lower layer's alloc_pages: that is commonly made of the device's map
+ * operation, which is ours, and every page would be translated twice.
+ */
 static struct page *pvdma_stack_alloc_pages(struct device *dev, size_t size,
 					    dma_addr_t *iova,
 					    enum dma_data_direction dir, gfp_t gfp)
 {
-	struct pvdma_device *p = pvdma_of(dev);
-	struct page *page;
-	dma_addr_t below;
+	struct page *page = pvdma_get_pages(dev, size, gfp);
 
-	if (unlikely(!p))
-		return NULL;
-	page = p->lower->pvdma_op_alloc_pages(dev, size, &below, dir, gfp);
 	if (!page)
 		return NULL;
-	if (!pvdma_push(p, below, PAGE_ALIGN(size), pvdma_coherent_max(p, dev),
-			pvdma_coherent_flags(p, dir), 0, iova))
+#if PVDMA_MAP_PHYS
+	*iova = pvdma_stack_map_phys(dev, page_to_phys(page), size, dir, 0);
+#else
+	*iova = pvdma_stack_map_page(dev, page, 0, size, dir, 0);
+#endif
+	if (*iova != DMA_MAPPING_ERROR)
 		return page;
-	p->lower->free_pages(dev, size, page, below, dir);
+	__free_pages(page, get_order(size));
 	return NULL;
 }
 
 static void pvdma_stack_free_pages(struct device *dev, size_t size, struct page *page,
 				   dma_addr_t iova, enum dma_data_direction dir)
 {
-	struct pvdma_device *p = pvdma_of(dev);
-	dma_addr_t below;
-
-	if (likely(p) && pvdma_pop(p, iova, PAGE_ALIGN(size), &below))
-		p->lower->free_pages(dev, size, page, below, dir);
+	pvdma_put_pages(dev, page, size, iova,
+			pvdma_stack_undo(dev, iova, size, dir, 0));
 }
 
 static int pvdma_stack_mmap(struct device *dev, struct vm_area_struct *vma,
@@ -443,10 +451,8 @@ bool pvdma_stack_ops(struct dma_map_ops *ops, const struct dma_map_ops *lower)
 		ops->alloc = pvdma_stack_alloc;
 		ops->free = pvdma_stack_free;
 	}
-	if (lower->pvdma_op_alloc_pages && lower->free_pages) {
-		ops->pvdma_op_alloc_pages = pvdma_stack_alloc_pages;
-		ops->free_pages = pvdma_stack_free_pages;
-	}
+	ops->pvdma_op_alloc_pages = pvdma_stack_alloc_pages;
+	ops->free_pages = pvdma_stack_free_pages;
 	if (lower->mmap)
 		ops->mmap = pvdma_stack_mmap;
 	if (lower->get_sgtable)

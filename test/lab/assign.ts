@@ -1,0 +1,114 @@
+// The main job in the lab, with one kernel in the guest: it drives a really assigned NVMe controller through map and
+// unmap calls. Used by assign-6.1.test.ts and assign-6.12.test.ts, which run side by side.
+
+import { setTimeout } from "node:timers/promises";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import { scratchDir } from "./cache.js";
+import { buildGuestImage, buildModule } from "./guest.js";
+import type { Host } from "./host.js";
+import { openHost } from "./open.js";
+import { getKernel, type KernelSeries } from "./packages.js";
+import { READ_AND_WRITE } from "./scripts.js";
+import { labTest, MiB, RunningVmm, randomDisk, sha256OfFile } from "./support.js";
+
+const DISK_BYTES = 16 * MiB;
+
+async function fullImage(kernel: KernelSeries): Promise<string> {
+  const { file } = await buildModule(await getKernel(kernel), "test/modules", "dmaprobe");
+  return buildGuestImage({
+    kernel,
+    script: READ_AND_WRITE,
+    modules: ["nvme", "pci-stub"],
+    moduleFiles: [file],
+    tools: ["fio"],
+  });
+}
+
+/** Runs the tests for one guest kernel, with 1 and with 4 vCPUs. */
+export function runAssignTests(kernel: KernelSeries): void {
+  const test = suite(`assign, ${kernel} guest`);
+  const files = scratchDir();
+  let host: Host;
+  let bdf: string;
+  let disk: string;
+
+  test.before(async () => {
+    disk = randomDisk(files.path, "disk.raw", DISK_BYTES);
+    ({ host, bdf } = await openHost({ nvme0: { file: disk }, name: `assign-${kernel}` }));
+  });
+  test.after(async () => {
+    await host?.close();
+    files.remove();
+  });
+  const lab = (name: string, body: () => Promise<void>) => labTest(test, name, () => host, body);
+  /** What the disk holds, where the host is an L1; a real device is read by the guest alone. */
+  const diskHash = async (): Promise<string | undefined> =>
+    host.kind === "l1" ? sha256OfFile(disk) : undefined;
+
+  for (const cpus of [1, 4]) {
+    lab(
+      `a ${kernel} guest with ${cpus} vCPUs reads and writes the whole disk, under 64 MiB locked`,
+      async () => {
+        const before = await diskHash();
+        const image = await fullImage(kernel);
+        const vmm = await RunningVmm.start(host, ["--assign", bdf, "--cpus", String(cpus), image]);
+        assert.is(await vmm.guestSays("cpus"), String(cpus));
+        const hash = await vmm.guestSays("hash");
+        if (before !== undefined) assert.is(hash, before, "the guest read what the disk holds");
+
+        await vmm.guestSays("fio");
+        let fioEnded = false;
+        const verified = vmm.guestSays("verified").finally(() => {
+          fioEnded = true;
+        });
+        const locked: number[] = [];
+        while (!fioEnded) {
+          const bytes = await vmm.lockedBytes();
+          if (!fioEnded) locked.push(bytes);
+          await setTimeout(500); // looking costs the host's only processor
+        }
+        assert.match(await verified, /"error" : 0/, "fio verified without an error");
+        assert.ok(locked.length >= 2 && Math.max(...locked) > 0, `locked memory was seen in use: ${locked}`);
+        assert.ok(Math.max(...locked) < 64 * MiB, `locked while fio ran: ${Math.max(...locked)} bytes`);
+
+        const rehash = await vmm.guestSays("rehash");
+        assert.is.not(rehash, hash, "fio changed the disk");
+        const probes = [
+          await vmm.guestSays("probe"),
+          await vmm.guestSays("probe"),
+          await vmm.guestSays("probe"),
+        ];
+        assert.equal(probes, [
+          "0000:00:00.0: no ops of its own",
+          "0000:00:00.0: mapped one to one",
+          "0000:00:01.0: ops of its own",
+        ]);
+        assert.ok(Number(await vmm.guestSays("before")) > 0, "the driver had mappings");
+        await vmm.guestSays("unloaded");
+        assert.is(await vmm.lockedBytes(), 0, "locked after the modules were unloaded");
+        vmm.goOn();
+        assert.is(await vmm.guestSays("bad"), "0", "no warning in the guest's kernel log");
+
+        const { status, script, stats } = await vmm.end();
+        assert.is(status, 0, "the VMM's exit status");
+        assert.is(script, 0, "the script's exit status");
+        assert.is(
+          stats.get("hypercalls/is_assigned/calls"),
+          2,
+          "one question per device: NVMe and host bridge",
+        );
+        assert.is(stats.get("dma/pinned_bytes"), 0);
+        assert.is(stats.get("dma/mapped_bytes"), 0);
+        const errors = ["probe", "is_assigned", "map", "unmap", "map_list", "unmap_list"].map((call) =>
+          stats.get(`hypercalls/${call}/errors`),
+        );
+        assert.equal(errors, [0, 0, 0, 0, 0, 0]);
+        assert.ok((stats.get("hypercalls/map/calls") ?? 0) > 1000, "every I/O was a map call");
+        const after = await diskHash();
+        if (after !== undefined) assert.is(after, rehash, "the disk's file holds what the guest wrote");
+      },
+    );
+  }
+  test.run();
+}
