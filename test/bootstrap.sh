@@ -1,6 +1,7 @@
 #!/bin/sh
 # From a bare clone to a running program: installs what is missing (and says so), builds what is out of date, then
-# runs the demo, the tests or the lab. usage: sh test/bootstrap.sh start|test|lab [ARGUMENTS]
+# runs the demo, the tests, the lab or the benchmarks.
+# usage: sh test/bootstrap.sh start|test|lab|bench [ARGUMENTS]
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -23,8 +24,8 @@ quietly() {
 
 mode="${1:-}"
 case "$mode" in
-  start | test | lab) shift ;;
-  *) die "usage: sh test/bootstrap.sh start|test|lab [ARGUMENTS]" ;;
+  start | test | lab | bench) shift ;;
+  *) die "usage: sh test/bootstrap.sh start|test|lab|bench [ARGUMENTS]" ;;
 esac
 : >"$log"
 
@@ -79,6 +80,7 @@ exec 9<&-
 case "$mode" in
   start) exec node build/test/lab/start.js "$@" ;;
   lab) exec node build/test/lab/cli.js "$@" ;;
+  bench) exec node --expose-gc build/test/bench/engine.js "$@" ;;
   test)
     node build/test/lab/kernels.js
     exec node build/test/run.js "$@"

@@ -1,0 +1,707 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0
+/*
+ * Tests of the portable core against a host written out call by call. Built for
+ * the machine that runs the tests:
+ *
+ *	gcc -I.. -DPVDMA_TRANSPORT='"test/scripted.h"' core_test.c ../pvdma_core.c
+ *
+ * Without arguments the names of the tests are printed, with a name that test
+ * runs; the exit status is 1 and standard error says why if it fails.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "pvdma_core.h"
+#include "test/scripted.h"
+
+#define MAX_STEPS	600
+#define ARRAY_SIZE(a)	(sizeof(a) / sizeof((a)[0]))
+
+static void fail(int line, const char *what, u64 got, u64 want)
+{
+	fprintf(stderr, "core_test.c:%d: %s: %#llx, not %#llx\n", line, what, got, want);
+	exit(1);
+}
+
+#define EQUAL(got, want) do { \
+	u64 got_ = (u64)(got), want_ = (u64)(want); \
+	if (got_ != want_) \
+		fail(__LINE__, #got, got_, want_); \
+} while (0)
+
+/* The host: what it is asked, in order, and what it answers. */
+struct step {
+	struct pvdma_frame question;
+	struct pvdma_frame answer;
+};
+
+static struct step script[MAX_STEPS];
+static u32 steps, next, relaxed;
+static bool live;	/* live_host() answers instead of the script */
+
+static void step(struct pvdma_frame question, struct pvdma_frame answer)
+{
+	script[steps].question = question;
+	script[steps++].answer = answer;
+}
+
+#define ASKED(...)	((struct pvdma_frame){ __VA_ARGS__ })
+#define ANSWER(...)	((struct pvdma_frame){ __VA_ARGS__ })
+
+static u64 status(u32 class, u32 number)
+{
+	return class | number << 8;
+}
+
+static void live_host(struct pvdma_frame *frame);
+
+void pvdma_transport_call(const struct pvdma_host *to, struct pvdma_frame *frame)
+{
+	EQUAL(to->port, PVDMA_PORT);
+	if (live) {
+		live_host(frame);
+		return;
+	}
+	if (next == steps)
+		fail(__LINE__, "a call nobody expected", frame->rax, 0);
+	EQUAL(frame->rax, script[next].question.rax);
+	EQUAL(frame->rdi, script[next].question.rdi);
+	EQUAL(frame->rsi, script[next].question.rsi);
+	EQUAL(frame->r8, script[next].question.r8);
+	EQUAL(frame->r9, script[next].question.r9);
+	EQUAL(frame->r10, script[next].question.r10);
+	*frame = script[next++].answer;
+}
+
+void pvdma_transport_relax(void)
+{
+	relaxed++;
+}
+
+static struct pvdma_cpuid leaves[4];
+static u32 leaves_at;
+
+struct pvdma_cpuid pvdma_transport_cpuid(u32 leaf)
+{
+	/* past its leaves a processor repeats something else's */
+	static const struct pvdma_cpuid noise = { 7, 0x12345678, 0x56502e41, 0x2e414d44 };
+
+	if (leaves_at && leaf >= leaves_at && leaf < leaves_at + ARRAY_SIZE(leaves))
+		return leaves[leaf - leaves_at];
+	return noise;
+}
+
+static void leaves_of(u32 base)
+{
+	leaves_at = base;
+	leaves[0] = (struct pvdma_cpuid){ base + 2, PVDMA_CPUID_SIGNATURE_EBX,
+					  PVDMA_CPUID_SIGNATURE_ECX,
+					  PVDMA_CPUID_SIGNATURE_EDX };
+	leaves[1] = (struct pvdma_cpuid){ PVDMA_ABI_VERSION, PVDMA_FEATURE_LIST,
+					  0xabcd0000 | PVDMA_PORT, 100 };
+	leaves[2] = (struct pvdma_cpuid){ 1000, 0, 0, 0 };
+}
+
+static const struct pvdma_host host = {
+	.version = PVDMA_ABI_VERSION, .features = PVDMA_FEATURE_LIST,
+	.port = PVDMA_PORT, .list_entries = PVDMA_LIST_ENTRIES,
+	.map_pages = PVDMA_MAP_PAGES_MAX,
+};
+static struct pvdma_counters counters;
+static struct pvdma_entry page[PVDMA_LIST_ENTRIES];
+
+#define PAGE_GPA	0x7000ull
+#define RW		(PVDMA_MAP_READ | PVDMA_MAP_WRITE)
+
+static void all_asked(int line)
+{
+	if (next != steps)
+		fail(line, "calls made", next, steps);
+}
+
+static void discovers(void)
+{
+	struct pvdma_host found;
+
+	EQUAL(pvdma_discover(&found), PVDMA_NO_HOST);
+
+	leaves_of(PVDMA_CPUID_FIRST);
+	EQUAL(pvdma_discover(&found), PVDMA_FOUND);
+	EQUAL(found.port, PVDMA_PORT);
+	EQUAL(found.list_entries, 100);
+	EQUAL(found.map_pages, 1000);
+	EQUAL(found.version, PVDMA_ABI_VERSION);
+
+	/* behind another hypervisor's block, and the last place there is */
+	leaves_of(PVDMA_CPUID_FIRST + 3 * PVDMA_CPUID_STEP);
+	EQUAL(pvdma_discover(&found), PVDMA_FOUND);
+	leaves_of(PVDMA_CPUID_LAST);
+	EQUAL(pvdma_discover(&found), PVDMA_FOUND);
+	leaves_of(PVDMA_CPUID_LAST + PVDMA_CPUID_STEP);
+	EQUAL(pvdma_discover(&found), PVDMA_NO_HOST);
+	leaves_of(PVDMA_CPUID_FIRST + 1);
+	EQUAL(pvdma_discover(&found), PVDMA_NO_HOST);
+}
+
+static void discovery_keeps_limits(void)
+{
+	struct pvdma_host found;
+
+	leaves_of(PVDMA_CPUID_FIRST);
+	leaves[1].edx = 100000;
+	leaves[2].eax = 0;
+	EQUAL(pvdma_discover(&found), PVDMA_FOUND);
+	EQUAL(found.list_entries, PVDMA_LIST_ENTRIES);
+	EQUAL(found.map_pages, PVDMA_MAP_PAGES_MAX);
+
+	/* no lists, and a block that ends before the limits */
+	leaves[1].ebx = ~PVDMA_FEATURE_LIST;
+	leaves[0].eax = PVDMA_CPUID_FIRST + 1;
+	leaves[2].eax = 5;
+	EQUAL(pvdma_discover(&found), PVDMA_FOUND);
+	EQUAL(found.list_entries, 0);
+	EQUAL(found.map_pages, PVDMA_MAP_PAGES_MAX);
+
+	/* a block that ends before everything */
+	leaves[0].eax = PVDMA_CPUID_FIRST;
+	EQUAL(pvdma_discover(&found), PVDMA_NO_HOST);
+}
+
+static void refuses_another_major(void)
+{
+	struct pvdma_host found;
+
+	leaves_of(PVDMA_CPUID_FIRST);
+	leaves[1].eax = (PVDMA_ABI_MAJOR + 1) << 16;
+	EQUAL(pvdma_discover(&found), PVDMA_OTHER_MAJOR);
+	EQUAL(found.version >> 16, PVDMA_ABI_MAJOR + 1);
+	EQUAL(found.port, 0);
+	/* a newer minor is welcome */
+	leaves[1].eax = PVDMA_ABI_VERSION + 7;
+	EQUAL(pvdma_discover(&found), PVDMA_FOUND);
+}
+
+static void probes(void)
+{
+	struct pvdma_offer offer;
+
+	step(ASKED(PVDMA_CALL_PROBE, .rdi = PVDMA_ABI_VERSION, .rsi = PAGE_GPA),
+	     ANSWER(PVDMA_STATUS_OK, .rdi = 0x10003, .rsi = 5, .r8 = 0x201000,
+		    .r9 = 1 << 20, .r10 = 9999));
+	EQUAL(pvdma_probe(&host, &counters, PAGE_GPA, &offer), 0);
+	EQUAL(offer.version, 0x10003);
+	EQUAL(offer.features, 5);
+	EQUAL(offer.page_sizes, 0x201000);
+	EQUAL(offer.quota_bytes, 1 << 20);
+	EQUAL(offer.iova_ranges, PVDMA_LIST_ENTRIES);
+	EQUAL(counters.calls[PVDMA_CALL_PROBE], 1);
+}
+
+static void asks_for_devices(void)
+{
+	struct pvdma_assignment answer = { 0 };
+
+	step(ASKED(PVDMA_CALL_IS_ASSIGNED, .rdi = 0x10208),
+	     ANSWER(0, .rdi = 3, .rsi = PVDMA_POLICY_STRICT, .r8 = 39));
+	EQUAL(pvdma_is_assigned(&host, &counters, 0x10208, &answer), 0);
+	EQUAL(answer.handle, 3);
+	EQUAL(answer.policy, PVDMA_POLICY_STRICT);
+	EQUAL(answer.identity, false);
+	EQUAL(answer.iova_bits, 39);
+
+	step(ASKED(PVDMA_CALL_IS_ASSIGNED, .rdi = 8),
+	     ANSWER(0, .rdi = 1, .rsi = PVDMA_POLICY_PINNED | PVDMA_DEVICE_IDENTITY));
+	EQUAL(pvdma_is_assigned(&host, &counters, 8, &answer), 0);
+	EQUAL(answer.policy, PVDMA_POLICY_PINNED);
+	EQUAL(answer.identity, true);
+
+	answer.handle = 77;
+	step(ASKED(PVDMA_CALL_IS_ASSIGNED, .rdi = 9),
+	     ANSWER(status(PVDMA_STATUS_INVALID, 38), .rdi = 5));
+	EQUAL(pvdma_is_assigned(&host, &counters, 9, &answer), status(PVDMA_STATUS_INVALID, 38));
+	EQUAL(answer.handle, 77);
+	EQUAL(counters.errors[PVDMA_STATUS_INVALID], 1);
+}
+
+static void maps_and_unmaps(void)
+{
+	u64 iova = 0;
+
+	step(ASKED(PVDMA_CALL_MAP, .rdi = 2, .rsi = 0x1ffc, .r8 = 0x1008,
+		   .r9 = 0xffffffff, .r10 = RW | PVDMA_MAP_ALIGN),
+	     ANSWER(0, .rdi = 0x80000ffc));
+	EQUAL(pvdma_map(&host, &counters, 2, 0x1ffc, 0x1008, 0xffffffff,
+			RW | PVDMA_MAP_ALIGN, &iova), 0);
+	EQUAL(iova, 0x80000ffc);
+	EQUAL(counters.maps, 1);
+	EQUAL(counters.pages_mapped, 3);
+	EQUAL(counters.outstanding, 1);
+
+	step(ASKED(PVDMA_CALL_UNMAP, .rdi = 2, .rsi = 0x80000ffc, .r8 = 0x1008),
+	     ANSWER(0, .rdi = 0x3000));
+	EQUAL(pvdma_unmap(&host, &counters, 2, iova, 0x1008), 0);
+	EQUAL(counters.unmaps, 1);
+	EQUAL(counters.pages_unmapped, 3);
+	EQUAL(counters.outstanding, 0);
+}
+
+/* The question is put again as it was, whatever the answer left in registers. */
+static void repeats_when_told(void)
+{
+	struct pvdma_frame question = ASKED(PVDMA_CALL_MAP, .rdi = 1, .rsi = 0x5000,
+					    .r8 = 16, .r9 = ~0ull, .r10 = RW);
+	struct pvdma_frame clobbered = ANSWER(status(PVDMA_STATUS_RETRY, 4), 1, 2, 3, 4, 5);
+	u64 iova = 0;
+	u32 i;
+
+	for (i = 0; i < PVDMA_MAP_TRIES - 1; i++)
+		step(question, clobbered);
+	step(question, ANSWER(0, .rdi = 0x9000));
+	EQUAL(pvdma_map(&host, &counters, 1, 0x5000, 16, ~0ull, RW, &iova), 0);
+	EQUAL(iova, 0x9000);
+	EQUAL(counters.retries, PVDMA_MAP_TRIES - 1);
+	EQUAL(relaxed, PVDMA_MAP_TRIES - 1);
+	EQUAL(counters.errors[PVDMA_STATUS_RETRY], 0);
+
+	for (i = 0; i < PVDMA_MAP_TRIES; i++)
+		step(question, clobbered);
+	iova = 42;
+	EQUAL(pvdma_map(&host, &counters, 1, 0x5000, 16, ~0ull, RW, &iova),
+	      status(PVDMA_STATUS_RETRY, 4));
+	EQUAL(iova, 42);
+	EQUAL(counters.errors[PVDMA_STATUS_RETRY], 1);
+	EQUAL(counters.maps, 1);
+	EQUAL(counters.calls[PVDMA_CALL_MAP], 2 * PVDMA_MAP_TRIES);
+
+	/* an unmap has more patience */
+	for (i = 0; i < PVDMA_UNMAP_TRIES; i++)
+		step(ASKED(PVDMA_CALL_UNMAP, .rdi = 1, .rsi = 0x9000, .r8 = 16), clobbered);
+	EQUAL(PVDMA_STATUS_CLASS(pvdma_unmap(&host, &counters, 1, 0x9000, 16)),
+	      PVDMA_STATUS_RETRY);
+	EQUAL(counters.outstanding, 1);
+}
+
+static void failures_are_counted_by_class(void)
+{
+	static const struct { u32 class, counted; } cases[] = {
+		{ PVDMA_STATUS_LIMIT, PVDMA_STATUS_LIMIT },
+		{ PVDMA_STATUS_INVALID, PVDMA_STATUS_INVALID },
+		{ PVDMA_STATUS_GONE, PVDMA_STATUS_GONE },
+		{ 200, PVDMA_STATUS_INVALID },
+	};
+	u64 iova = 42;
+	u32 i;
+
+	for (i = 0; i < ARRAY_SIZE(cases); i++) {
+		struct pvdma_counters before = counters;
+
+		step(ASKED(PVDMA_CALL_MAP, .rdi = 1, .rsi = 0x5000, .r8 = 16, .r9 = ~0ull,
+			   .r10 = RW), ANSWER(status(cases[i].class, 28), .rdi = 0x1000));
+		EQUAL(pvdma_map(&host, &counters, 1, 0x5000, 16, ~0ull, RW, &iova),
+		      status(cases[i].class, 28));
+		EQUAL(counters.errors[cases[i].counted], before.errors[cases[i].counted] + 1);
+	}
+	EQUAL(iova, 42);
+	EQUAL(counters.maps, 0);
+	EQUAL(counters.outstanding, 0);
+}
+
+/* An address the device cannot emit is no mapping, and none may be left. */
+static void unusable_answers_are_undone(void)
+{
+	static const struct { u64 gpa, bytes, iova_max, iova; bool good; } cases[] = {
+		{ 0x5010, 16, ~0ull, 0x9020, false },
+		{ 0x5010, 16, 0xfffffff, 0x10000010, false },
+		{ 0x5000, 0x1001, 0xfffffff, 0xffff000, false },
+		{ 0x5000, 0x1000, 0xfffffff, 0xffff000, true },
+		{ 0x5000, 0x1000, ~0ull, ~0ull - 0xfff, true },
+	};
+	u64 iova = 42;
+	u32 i;
+
+	for (i = 0; i < ARRAY_SIZE(cases); i++) {
+		u32 got;
+
+		step(ASKED(PVDMA_CALL_MAP, .rdi = 1, .rsi = cases[i].gpa, .r8 = cases[i].bytes,
+			   .r9 = cases[i].iova_max, .r10 = RW),
+		     ANSWER(0, .rdi = cases[i].iova));
+		if (!cases[i].good)
+			step(ASKED(PVDMA_CALL_UNMAP, .rdi = 1, .rsi = cases[i].iova,
+				   .r8 = cases[i].bytes), ANSWER(0, .rdi = 0x1000));
+		got = pvdma_map(&host, &counters, 1, cases[i].gpa, cases[i].bytes,
+				cases[i].iova_max, RW, &iova);
+		EQUAL(got, cases[i].good ? PVDMA_STATUS_OK : PVDMA_STATUS_INVALID);
+		EQUAL(iova, cases[i].good ? cases[i].iova : 42);
+		all_asked(__LINE__);
+	}
+	EQUAL(counters.outstanding, 2);
+	EQUAL(counters.errors[PVDMA_STATUS_INVALID], 3);
+}
+
+static void counts_pages(void)
+{
+	EQUAL(pvdma_pages(0, 1), 1);
+	EQUAL(pvdma_pages(0xfff, 1), 1);
+	EQUAL(pvdma_pages(0xfff, 2), 2);
+	EQUAL(pvdma_pages(0, 0x1000), 1);
+	EQUAL(pvdma_pages(1, 0x1000), 2);
+	EQUAL(pvdma_pages(0x12345fff, 0x2002), 4);
+	EQUAL(pvdma_pages(0, 1ull << 32), 1 << 20);
+}
+
+static void builds_lists(void)
+{
+	struct pvdma_list list;
+	u32 i;
+
+	pvdma_list_start(&list, page, 3, 100, ~0ull);
+	EQUAL(pvdma_list_add(&list, 0x1234, 8), true);
+	EQUAL(pvdma_list_add(&list, 0x2fff, 2), true);
+	EQUAL(pvdma_list_add(&list, 0x9000, 0x1000), true);
+	EQUAL(pvdma_list_add(&list, 0xa000, 1), false);
+	EQUAL(list.count, 3);
+	EQUAL(list.pages, 4);
+	EQUAL(list.bytes, 0x100a);
+	EQUAL(page[1].address, 0x2fff);
+	EQUAL(page[1].bytes, 2);
+	EQUAL(page[3].bytes, 0);
+
+	/* by pages: what alone is too much is the host's to refuse */
+	pvdma_list_start(&list, page, 256, 5, ~0ull);
+	EQUAL(pvdma_list_add(&list, 0, 9 * 4096), true);
+	EQUAL(pvdma_list_add(&list, 0, 1), false);
+	pvdma_list_start(&list, page, 256, 5, ~0ull);
+	EQUAL(pvdma_list_add(&list, 0, 3 * 4096), true);
+	EQUAL(pvdma_list_add(&list, 1, 2 * 4096), false);
+	EQUAL(pvdma_list_add(&list, 0, 2 * 4096), true);
+	EQUAL(pvdma_list_add(&list, 0, 1), false);
+
+	/* a full page of entries and not one more */
+	pvdma_list_start(&list, page, PVDMA_LIST_ENTRIES, 1000, ~0ull);
+	for (i = 0; i < PVDMA_LIST_ENTRIES; i++)
+		EQUAL(pvdma_list_add(&list, i << 12, 4096), true);
+	EQUAL(pvdma_list_add(&list, 0, 4096), false);
+}
+
+static void lists_respect_boundaries(void)
+{
+	struct pvdma_list list;
+
+	pvdma_list_start(&list, NULL, 256, 1000, 0xffff);
+	EQUAL(pvdma_list_add(&list, 0, 15 * 4096), true);
+	/* would lie on the 64 KiB line, ends at it, begins at it */
+	EQUAL(pvdma_list_add(&list, 0, 2 * 4096), false);
+	EQUAL(pvdma_list_add(&list, 0x800, 0x900), false);
+	EQUAL(pvdma_list_add(&list, 0x800, 0x800), true);
+	EQUAL(pvdma_list_add(&list, 0, 16 * 4096), true);
+	EQUAL(list.pages, 32);
+	/* one that crosses alone is taken when it comes first */
+	pvdma_list_start(&list, NULL, 256, 1000, 0xffff);
+	EQUAL(pvdma_list_add(&list, 0, 17 * 4096), true);
+}
+
+static void maps_lists(void)
+{
+	struct pvdma_list list;
+	u64 iova = 0;
+
+	pvdma_list_start(&list, page, 256, 1000, ~0ull);
+	pvdma_list_add(&list, 0x1800, 0x800);
+	pvdma_list_add(&list, 0x5000, 0x1000);
+	step(ASKED(PVDMA_CALL_MAP_LIST, .rdi = 4, .rsi = PAGE_GPA, .r8 = 2, .r9 = 0xffffffff,
+		   .r10 = PVDMA_MAP_READ), ANSWER(0, .rdi = 0x30000, .rsi = 2));
+	EQUAL(pvdma_map_list(&host, &counters, 4, &list, PAGE_GPA, 0xffffffff,
+			     PVDMA_MAP_READ, &iova), 0);
+	EQUAL(iova, 0x30000);
+	EQUAL(counters.map_lists, 1);
+	EQUAL(counters.pages_mapped, 2);
+	EQUAL(counters.outstanding, 1);
+
+	/* refused: nothing is mapped and nothing counted */
+	step(ASKED(PVDMA_CALL_MAP_LIST, .rdi = 4, .rsi = PAGE_GPA, .r8 = 2, .r9 = 0xffffffff,
+		   .r10 = PVDMA_MAP_READ),
+	     ANSWER(status(PVDMA_STATUS_LIMIT, 28), .rdi = 0x1000, .rsi = 1));
+	EQUAL(PVDMA_STATUS_CLASS(pvdma_map_list(&host, &counters, 4, &list, PAGE_GPA,
+						0xffffffff, PVDMA_MAP_READ, &iova)),
+	      PVDMA_STATUS_LIMIT);
+	EQUAL(iova, 0x30000);
+	EQUAL(counters.outstanding, 1);
+
+	/* past what the device can emit: undone, the whole range */
+	step(ASKED(PVDMA_CALL_MAP_LIST, .rdi = 4, .rsi = PAGE_GPA, .r8 = 2, .r9 = 0xffffffff,
+		   .r10 = PVDMA_MAP_READ), ANSWER(0, .rdi = 0xfffff000, .rsi = 2));
+	step(ASKED(PVDMA_CALL_UNMAP, .rdi = 4, .rsi = 0xfffff000, .r8 = 0x2000),
+	     ANSWER(0, .rdi = 0x2000));
+	EQUAL(pvdma_map_list(&host, &counters, 4, &list, PAGE_GPA, 0xffffffff,
+			     PVDMA_MAP_READ, &iova), PVDMA_STATUS_INVALID);
+	EQUAL(iova, 0x30000);
+	EQUAL(counters.outstanding, 1);
+}
+
+static void a_list_of_one_is_a_map(void)
+{
+	struct pvdma_list list;
+	u64 iova = 0;
+
+	pvdma_list_start(&list, page, 256, 1000, ~0ull);
+	pvdma_list_add(&list, 0x1834, 0x800);
+	step(ASKED(PVDMA_CALL_MAP, .rdi = 4, .rsi = 0x1834, .r8 = 0x800, .r9 = ~0ull,
+		   .r10 = RW), ANSWER(0, .rdi = 0x30834));
+	EQUAL(pvdma_map_list(&host, &counters, 4, &list, PAGE_GPA, ~0ull, RW, &iova), 0);
+	EQUAL(iova, 0x30000);
+	EQUAL(counters.maps, 1);
+	EQUAL(counters.map_lists, 0);
+}
+
+static void fill_unmaps(u32 n)
+{
+	u32 i;
+
+	counters.outstanding = n;
+	for (i = 0; i < n; i++) {
+		page[i].address = 0x10000 * (i + 1);
+		page[i].bytes = 0x1000 * (i + 1);
+	}
+}
+
+#define UNMAP_LIST(n)	ASKED(PVDMA_CALL_UNMAP_LIST, .rdi = 6, .rsi = PAGE_GPA, .r8 = (n))
+
+static void unmaps_lists(void)
+{
+	u32 failed = 9;
+
+	fill_unmaps(4);
+	step(UNMAP_LIST(4), ANSWER(0, .rdi = 0xa000, .rsi = 4));
+	EQUAL(pvdma_unmap_list(&host, &counters, 6, page, PAGE_GPA, 4, &failed), 0);
+	EQUAL(failed, 0);
+	EQUAL(counters.outstanding, 0);
+	EQUAL(counters.pages_unmapped, 10);
+	EQUAL(counters.unmap_lists, 1);
+}
+
+static void unmap_list_goes_on_where_it_stopped(void)
+{
+	u32 failed = 9;
+
+	fill_unmaps(5);
+	step(UNMAP_LIST(5), ANSWER(status(PVDMA_STATUS_RETRY, 11), .rsi = 2));
+	step(UNMAP_LIST(3), ANSWER(0, .rsi = 3));
+	EQUAL(pvdma_unmap_list(&host, &counters, 6, page, PAGE_GPA, 5, &failed), 0);
+	EQUAL(failed, 0);
+	EQUAL(page[0].address, 0x30000);
+	EQUAL(counters.outstanding, 0);
+	EQUAL(counters.pages_unmapped, 15);
+	EQUAL(counters.retries, 1);
+}
+
+static void unmap_list_steps_over_failures(void)
+{
+	u32 failed = 9;
+
+	fill_unmaps(5);
+	step(UNMAP_LIST(5), ANSWER(status(PVDMA_STATUS_INVALID, 22), .rsi = 1));
+	step(UNMAP_LIST(3), ANSWER(status(PVDMA_STATUS_LIMIT, 12), .rsi = 2));
+	EQUAL(pvdma_unmap_list(&host, &counters, 6, page, PAGE_GPA, 5, &failed),
+	      status(PVDMA_STATUS_INVALID, 22));
+	EQUAL(failed, 2);
+	EQUAL(counters.outstanding, 2);
+	EQUAL(counters.errors[PVDMA_STATUS_INVALID], 1);
+	EQUAL(counters.errors[PVDMA_STATUS_LIMIT], 1);
+	all_asked(__LINE__);
+
+	/* ok that was not all, and more than there were, are a host's mistakes */
+	fill_unmaps(2);
+	step(UNMAP_LIST(2), ANSWER(0, .rsi = 1));
+	EQUAL(pvdma_unmap_list(&host, &counters, 6, page, PAGE_GPA, 2, &failed),
+	      PVDMA_STATUS_INVALID);
+	EQUAL(failed, 1);
+	fill_unmaps(2);
+	step(UNMAP_LIST(2), ANSWER(0, .rsi = 7));
+	EQUAL(pvdma_unmap_list(&host, &counters, 6, page, PAGE_GPA, 2, &failed), 0);
+	EQUAL(failed, 0);
+}
+
+static void joins_segments(void)
+{
+	struct pvdma_segment s = { 0x1f000, 0x1000 };
+
+	EQUAL(pvdma_segment_join(&s, 0x20001, 16, ~0u, ~0ull), false);
+	EQUAL(pvdma_segment_join(&s, 0x21000, 16, ~0u, ~0ull), false);
+	EQUAL(pvdma_segment_join(&s, 0x20000, 16, 0x100f, ~0ull), false);
+	EQUAL(pvdma_segment_join(&s, 0x20000, 16, 0x800, ~0ull), false);
+	EQUAL(pvdma_segment_join(&s, 0x20000, 16, ~0u, 0xffff), false);
+	EQUAL(s.bytes, 0x1000);
+	EQUAL(pvdma_segment_join(&s, 0x20000, 16, 0x1010, 0x3ffff), true);
+	EQUAL(s.bytes, 0x1010);
+	EQUAL(s.iova, 0x1f000);
+}
+
+/* For the last test: a host with an allocator, and what it has mapped. */
+static struct { u64 base, pages; bool live; } ranges[4096];
+static u32 range_count;
+static u64 top = 0x100000;
+
+static void live_host(struct pvdma_frame *frame)
+{
+	u64 pages = 0, align = 4096;
+	u32 i;
+
+	if (frame->rax == PVDMA_CALL_UNMAP) {
+		for (i = 0; i < range_count; i++) {
+			if (ranges[i].live && ranges[i].base == (frame->rsi & ~0xfffull)) {
+				EQUAL(pvdma_pages(frame->rsi, frame->r8), ranges[i].pages);
+				ranges[i].live = false;
+				frame->rax = 0;
+				return;
+			}
+		}
+		fail(__LINE__, "unmap of what is not mapped", frame->rsi, 0);
+	}
+	if (frame->rax == PVDMA_CALL_MAP) {
+		pages = pvdma_pages(frame->rsi, frame->r8);
+	} else {
+		EQUAL(frame->rax, PVDMA_CALL_MAP_LIST);
+		for (i = 0; i < frame->r8; i++)
+			pages += pvdma_pages(page[i].address, page[i].bytes);
+	}
+	while (align < pages << 12)
+		align <<= 1;
+	top = (top + align - 1) & ~(align - 1);
+	ranges[range_count].base = top;
+	ranges[range_count].pages = pages;
+	ranges[range_count++].live = true;
+	frame->rdi = top | (frame->rax == PVDMA_CALL_MAP ? frame->rsi & 0xfff : 0);
+	frame->rsi = frame->r8;
+	frame->rax = 0;
+	top += (pages + 1) << 12;
+}
+
+static u64 random_state = 88172645463325252ull;
+
+static u32 random_below(u32 n)
+{
+	random_state ^= random_state << 13;
+	random_state ^= random_state >> 7;
+	random_state ^= random_state << 17;
+	return random_state % n;
+}
+
+/*
+ * Random lists as a map_sg makes them: no entry crosses a boundary it does not
+ * cross by itself, no segment is too long, and the ranges found again without the
+ * call page are those that were mapped.
+ */
+static void random_lists_come_back(void)
+{
+	static const u64 boundaries[] = { 0xffff, 0x1ffff, 0xffffffff, ~0ull };
+	u32 round, i;
+
+	live = true;
+	for (round = 0; round < 300; round++) {
+		u64 boundary = boundaries[random_below(ARRAY_SIZE(boundaries))];
+		u32 most = 1 + random_below(40), n = 1 + random_below(120);
+		u64 gpa[120], bytes[120], bases[120];
+		struct pvdma_list list;
+		u32 at = 0, found = 0, again = 0;
+
+		for (i = 0; i < n; i++) {
+			gpa[i] = (u64)random_below(1 << 20) << 12;
+			gpa[i] += random_below(3) ? 0 : random_below(4096);
+			bytes[i] = random_below(2) ? 4096 : 1 + random_below(20000);
+		}
+		range_count = 0;
+		while (at < n) {
+			struct pvdma_segment segment = { 0, 0 };
+			u64 cursor;
+			u32 first = at;
+
+			pvdma_list_start(&list, page, most, 64, boundary);
+			while (at < n && pvdma_list_add(&list, gpa[at], bytes[at]))
+				at++;
+			EQUAL(pvdma_map_list(&host, &counters, 1, &list, PAGE_GPA, ~0ull,
+					     RW | PVDMA_MAP_ALIGN, &cursor), 0);
+			bases[found++] = cursor;
+			for (i = first; i < at; i++) {
+				u64 iova = pvdma_place(&cursor, gpa[i], bytes[i]);
+				u64 last = iova + bytes[i] - 1;
+
+				EQUAL(iova & 0xfff, gpa[i] & 0xfff);
+				if (i > first)
+					EQUAL((iova ^ last) & ~boundary, 0);
+				if (i == first ||
+				    !pvdma_segment_join(&segment, iova, bytes[i], 65536, boundary)) {
+					segment.iova = iova;
+					segment.bytes = bytes[i];
+				} else {
+					EQUAL((segment.iova ^ last) & ~boundary, 0);
+					EQUAL(segment.bytes <= 65536, true);
+				}
+			}
+			EQUAL(cursor - bases[found - 1], list.pages << 12);
+		}
+		for (at = 0; at < n; again++) {
+			pvdma_list_start(&list, NULL, most, 64, boundary);
+			while (at < n && pvdma_list_add(&list, gpa[at], bytes[at]))
+				at++;
+			EQUAL(pvdma_unmap(&host, &counters, 1, bases[again],
+					  list.pages << 12), 0);
+		}
+		EQUAL(again, found);
+		for (i = 0; i < range_count; i++)
+			EQUAL(ranges[i].live, false);
+		EQUAL(counters.outstanding, 0);
+		EQUAL(counters.pages_mapped, counters.pages_unmapped);
+	}
+}
+
+static void has_words(void)
+{
+	EQUAL(strcmp(pvdma_status_name(status(PVDMA_STATUS_LIMIT, 28)), "limit"), 0);
+	EQUAL(strcmp(pvdma_status_name(77), "unknown status"), 0);
+	EQUAL(strcmp(pvdma_policy_name(PVDMA_POLICY_STRICT), "strict"), 0);
+	EQUAL(strcmp(pvdma_policy_name(9), "unknown policy"), 0);
+}
+
+static const struct {
+	const char *name;
+	void (*run)(void);
+} tests[] = {
+#define TEST(name) { #name, name }
+	TEST(discovers),
+	TEST(discovery_keeps_limits),
+	TEST(refuses_another_major),
+	TEST(probes),
+	TEST(asks_for_devices),
+	TEST(maps_and_unmaps),
+	TEST(repeats_when_told),
+	TEST(failures_are_counted_by_class),
+	TEST(unusable_answers_are_undone),
+	TEST(counts_pages),
+	TEST(builds_lists),
+	TEST(lists_respect_boundaries),
+	TEST(maps_lists),
+	TEST(a_list_of_one_is_a_map),
+	TEST(unmaps_lists),
+	TEST(unmap_list_goes_on_where_it_stopped),
+	TEST(unmap_list_steps_over_failures),
+	TEST(joins_segments),
+	TEST(random_lists_come_back),
+	TEST(has_words),
+};
+
+int main(int argc, char **argv)
+{
+	u32 i;
+
+	for (i = 0; i < ARRAY_SIZE(tests); i++) {
+		if (argc < 2) {
+			puts(tests[i].name);
+		} else if (!strcmp(argv[1], tests[i].name)) {
+			tests[i].run();
+			all_asked(__LINE__);
+			return 0;
+		}
+	}
+	return argc < 2 ? 0 : 2;
+}

@@ -1,0 +1,107 @@
+// The guest module as far as a host can test it: its portable core, compiled freestanding and run against a scripted
+// host (guest-shim/test/core_test.c), and the module's build for the kernel headers that are installed.
+
+import { execFile, execFileSync, spawnSync } from "node:child_process";
+import { cpSync, existsSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+
+function repositoryRoot(): string {
+  let directory = dirname(fileURLToPath(import.meta.url));
+  while (!existsSync(join(directory, "package.json"))) directory = dirname(directory);
+  return directory;
+}
+const SHIM = join(repositoryRoot(), "guest-shim");
+const scratch = mkdtempSync(join(tmpdir(), "pvdma-guest-shim-"));
+const exec = promisify(execFile);
+
+const WARNINGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"];
+
+const core = suite("guest-shim core");
+
+core("compiles freestanding, needs nothing but memory functions, and makes its calls by out", () => {
+  const object = join(scratch, "core.o");
+  execFileSync("gcc", [
+    ...["-ffreestanding", "-mgeneral-regs-only", "-O2", ...WARNINGS],
+    ...["-c", join(SHIM, "pvdma_core.c"), "-o", object],
+  ]);
+  const undefinedSymbols = execFileSync("nm", ["-u", object], { encoding: "utf8" })
+    .split("\n")
+    .map((line) => line.trim().replace(/^U /, ""))
+    .filter((name) => name !== "" && !/^mem(cpy|set|move|cmp)$/.test(name));
+  assert.equal(undefinedSymbols, []);
+  assert.match(execFileSync("objdump", ["-d", object], { encoding: "utf8" }), /\bout\s+%eax,\(%dx\)/);
+});
+
+const harness = join(scratch, "core_test");
+execFileSync("gcc", [
+  ...["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", ...WARNINGS],
+  ...["-I", SHIM, '-DPVDMA_TRANSPORT="test/scripted.h"', "-o", harness],
+  ...[join(SHIM, "test", "core_test.c"), join(SHIM, "pvdma_core.c")],
+]);
+const names = execFileSync(harness, { encoding: "utf8" }).trim().split("\n");
+for (const name of names) {
+  core(name.replaceAll("_", " "), () => {
+    const result = spawnSync(harness, [name], { encoding: "utf8" });
+    assert.is(result.status, 0, result.stderr);
+  });
+}
+core("all of the core's functions have a test", () => {
+  assert.ok(names.length >= 20, `only ${names.length} tests`);
+});
+core.after(() => rmSync(scratch, { recursive: true }));
+core.run();
+
+/** Headers that a module can be built for: Debian's packages for 6.1 and 6.12, if they are installed. */
+const SOURCES = "/usr/src";
+const headers = existsSync(SOURCES)
+  ? readdirSync(SOURCES).filter((name) => /^linux-headers-6\.(1\.0-\d+|12\.[\d.]+\+deb12)-amd64$/.test(name))
+  : [];
+
+/** Builds a copy of the module; resolves with the exit status and everything make said. */
+async function build(name: string, ...settings: string[]): Promise<{ ok: boolean; output: string }> {
+  const copy = mkdtempSync(join(tmpdir(), "pvdma-module-"));
+  try {
+    for (const file of readdirSync(SHIM)) {
+      if (/^(probe|Makefile|Kbuild|pvdma\w*\.[ch])$/.test(file))
+        cpSync(join(SHIM, file), join(copy, file), { recursive: true });
+    }
+    writeFileSync(
+      join(copy, "without-ops.h"),
+      "#undef CONFIG_DMA_OPS\n#undef CONFIG_ARCH_HAS_DMA_OPS\n#define get_arch_dma_ops(...) NULL\n",
+    );
+    const args = ["-C", copy, `KDIR=${join(SOURCES, name)}`, ...settings.map((s) => s.replace("COPY", copy))];
+    const { stdout, stderr } = await exec("make", args);
+    return { ok: existsSync(join(copy, "pvdma.ko")), output: stdout + stderr };
+  } catch (error) {
+    const { stdout = "", stderr = "" } = error as { stdout?: string; stderr?: string };
+    return { ok: false, output: stdout + stderr };
+  } finally {
+    rmSync(copy, { recursive: true });
+  }
+}
+
+const module = suite("guest-shim module");
+const sparse = spawnSync("sparse", ["--version"]).status === 0 ? ["C=2"] : [];
+for (const name of headers) {
+  module(`builds for ${name} without a warning${sparse.length ? ", sparse's neither" : ""}`, async () => {
+    const { ok, output } = await build(name, "W=1", ...sparse);
+    assert.ok(ok, output);
+    assert.not.match(output, /warning|error/i);
+  });
+}
+if (headers[0] !== undefined) {
+  const name = headers[0];
+  module(`refuses to build for a kernel without DMA ops (${name})`, async () => {
+    const { ok, output } = await build(name, "KCFLAGS=-include COPY/without-ops.h");
+    assert.not.ok(ok);
+    assert.match(output, /#error "pvdma: a kernel without CONFIG_DMA_OPS or CONFIG_ARCH_HAS_DMA_OPS cannot/);
+  });
+} else {
+  module.skip("builds (no kernel headers in /usr/src; the lab builds it for its own)", () => undefined);
+}
+module.run();
