@@ -3,26 +3,15 @@
 
 import { closeSync, openSync } from "node:fs";
 import type { Gpa, Hva } from "../hypercalls/addresses.js";
+import { IOAPIC_PINS } from "./boot/acpi.js";
+import type { CpuidEntry } from "./boot/cpuid.js";
 import { VmmError } from "./errors.js";
 import { addressOf, check, ioctl, ioctlStruct } from "./native/libc.js";
 import { CONSTANT, IOCTL, STRUCT } from "./sys/kvm.js";
 import { newStruct, setU64 } from "./sys/layout.js";
 
-/** A CPUID leaf as KVM takes it (struct kvm_cpuid_entry2). */
-export interface CpuidEntry {
-  readonly function: number;
-  readonly index: number;
-  readonly flags: number;
-  readonly eax: number;
-  readonly ebx: number;
-  readonly ecx: number;
-  readonly edx: number;
-}
-
 /** Entries KVM_GET_SUPPORTED_CPUID may return: current kernels have about 60. */
 const CPUID_ENTRIES = 256;
-/** Pins of the in-kernel IOAPIC (KVM_IOAPIC_NUM_PINS), and so the GSIs that are not MSIs. */
-export const IOAPIC_PINS = 24;
 /** Highest GSI, exclusive (KVM_MAX_IRQ_ROUTES in linux/kvm_host.h). */
 const GSI_LIMIT = 4096;
 
@@ -57,6 +46,7 @@ export class Kvm {
       "KVM_CAP_USER_MEMORY",
       "KVM_CAP_IRQCHIP",
       "KVM_CAP_IRQFD",
+      "KVM_CAP_IRQFD_RESAMPLE",
       "KVM_CAP_EXT_CPUID",
       "KVM_CAP_IMMEDIATE_EXIT",
     ];

@@ -5,17 +5,18 @@ import { closeSync } from "node:fs";
 import { Worker } from "node:worker_threads";
 import type { Gpa, Hva } from "../hypercalls/addresses.js";
 import type { EngineState } from "../hypercalls/engine.js";
-import { gsiOfPin } from "./boot/acpi.js";
+import { COM1, gsiOfPin } from "./boot/acpi.js";
+import type { CpuidEntry } from "./boot/cpuid.js";
 import { KVM_IDENTITY_MAP_GPA, KVM_TSS_GPA } from "./boot/layout.js";
 import type { BootRegisters } from "./boot/linux.js";
 import { newConfigAddress } from "./devices/config-ports.js";
-import { COM1_GSI, newSerialState, Serial } from "./devices/serial.js";
+import { newSerialState, Serial } from "./devices/serial.js";
 import { VmmError } from "./errors.js";
 import type { RamDescription } from "./guest-memory.js";
 import type { IoHandler } from "./io-bus.js";
 import { IoBus } from "./io-bus.js";
 import { irqLine } from "./irq-line.js";
-import type { CpuidEntry, Kvm, Vm } from "./kvm.js";
+import type { Kvm, Vm } from "./kvm.js";
 import { mmapShared, munmap, PROT_READ, PROT_WRITE, signalThread } from "./native/libc.js";
 import type { PciMachine } from "./pci/machine-interface.js";
 import { RunArea } from "./run-area.js";
@@ -82,7 +83,7 @@ export class Machine implements PciMachine {
     readonly vm: Vm,
   ) {
     vm.createInterruptControllers(KVM_TSS_GPA, KVM_IDENTITY_MAP_GPA);
-    this.serial = new Serial(this.serialState, irqLine(vm.fd, COM1_GSI), () => undefined);
+    this.serial = new Serial(this.serialState, irqLine(vm.fd, COM1.gsi), () => undefined);
     this.end = new Promise((resolve) => {
       this.settle = resolve;
     });

@@ -2,6 +2,7 @@
 
 import { parseArgs } from "node:util";
 import { z } from "zod";
+import { CPUS_MAX } from "./boot/acpi.js";
 import { UsageError } from "./errors.js";
 
 /** Policies that are built; the contract names two more (hypercalls/abi.ts). */
@@ -31,7 +32,6 @@ export interface Options {
   readonly reboot: boolean;
 }
 
-export const MAX_CPUS = 16;
 export const MIN_MEMORY_BYTES = 16 * 2 ** 20;
 const DEFAULT_MEMORY = "512M";
 
@@ -43,7 +43,7 @@ IMAGE is recognised by its content: a unified kernel image (PE with .linux, .ini
 The guest's serial console is this terminal; Ctrl-A X leaves, Ctrl-A Ctrl-A sends a Ctrl-A.
 
 The guest:
-  --cpus N             vCPUs, 1 to ${MAX_CPUS} (default 1)
+  --cpus N             vCPUs, 1 to ${CPUS_MAX} (default 1)
   --memory SIZE        guest RAM, such as 512M or 8G (default ${DEFAULT_MEMORY}); a plain number is MiB.
                        Memory the guest does not touch costs the host nothing.
   --kernel FILE        kernel (bzImage), instead of the one in IMAGE
@@ -181,7 +181,7 @@ export function parseCommandLine(args: readonly string[]): Command {
       ...(values.initrd === undefined ? {} : { initrd: values.initrd }),
       ...(values.cmdline === undefined ? {} : { cmdline: values.cmdline }),
       ...(values["stats-dir"] === undefined ? {} : { statsDir: values["stats-dir"] }),
-      cpus: checked(wholeNumber(1, MAX_CPUS), "--cpus", values.cpus, values.cpus),
+      cpus: checked(wholeNumber(1, CPUS_MAX), "--cpus", values.cpus, values.cpus),
       memoryBytes: checked(memory, "--memory", values.memory, values.memory),
       assignments: values.assign.map((text) => parseAssignment(text, dma)),
       stats: values.stats,

@@ -4,16 +4,16 @@
 import { closeSync, openSync } from "node:fs";
 import { createEngineState, Engine, type EngineConfig, type EngineState } from "../hypercalls/engine.js";
 import { acpiTables, PCI_IO_WINDOW } from "./boot/acpi.js";
-import { physicalBits, vcpuCpuid } from "./boot/cpuid.js";
+import { type CpuidEntry, physicalBits, vcpuCpuid } from "./boot/cpuid.js";
 import { loadBootImages } from "./boot/image.js";
 import { ECAM, type GpaRange, type MemoryPlan, planMemory } from "./boot/layout.js";
 import { type BootWrite, prepareLinux } from "./boot/linux.js";
 import { Cleanup } from "./cleanup.js";
 import { Console } from "./devices/console.js";
 import { addPowerPorts } from "./devices/power.js";
-import { errorMessage, VmmError } from "./errors.js";
+import { errorMessage, isExpected, VmmError } from "./errors.js";
 import { createRam, GuestMemory, type RamDescription, ramBytes } from "./guest-memory.js";
-import { type CpuidEntry, Kvm } from "./kvm.js";
+import { Kvm } from "./kvm.js";
 import { KICK_SIGNAL, Machine, type Outcome } from "./machine.js";
 import { errnoName, lockedMemoryLimitBytes, raiseOpenFilesLimit } from "./native/libc.js";
 import type { Options } from "./options.js";
@@ -127,9 +127,7 @@ export async function runGuest(options: Options): Promise<number> {
 
     raiseOpenFilesLimit();
     const stats = new Statistics(ramBytes(ram));
-    const statsDir = options.statsDir ?? defaultStatsDir(process.env, process.pid);
-    const directory = new StatsDirectory(statsDir, options.statsDir !== undefined, () => stats.read(), warn);
-    cleanup.add(() => directory.close());
+    cleanup.add(openStatsDir(options, stats));
     if (options.stats) cleanup.add(() => printStatistics(stats));
 
     const memory = new GuestMemory(ram);
@@ -155,6 +153,21 @@ export async function runGuest(options: Options): Promise<number> {
     }
   } finally {
     cleanup.run();
+  }
+}
+
+/** Keeps the files of a statistics directory, where there is one; returns what ends it. */
+function openStatsDir(options: Options, stats: Statistics): () => void {
+  const path = options.statsDir ?? defaultStatsDir(process.env, process.pid);
+  if (path === undefined) return () => undefined;
+  try {
+    const directory = new StatsDirectory(path, options.statsDir !== undefined, () => stats.read(), warn);
+    return () => directory.close();
+  } catch (error) {
+    // Who asked for the files wants them; who did not, wants the guest.
+    if (options.statsDir !== undefined || !isExpected(error)) throw error;
+    warn(error.message);
+    return () => undefined;
   }
 }
 

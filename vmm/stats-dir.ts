@@ -17,13 +17,14 @@ interface StatFile {
   bytes: number;
 }
 
-/** The directory of a VM that names none: gone when the VM is. */
-export function defaultStatsDir(environment: NodeJS.ProcessEnv, pid: number): string {
+/**
+ * The directory of a VM that names none, gone when the VM is; undefined where there is no place that only this user
+ * can write to (others could plant links in /tmp).
+ */
+export function defaultStatsDir(environment: NodeJS.ProcessEnv, pid: number): string | undefined {
   const runtime = environment.XDG_RUNTIME_DIR;
   if (runtime !== undefined && runtime !== "") return join(runtime, "pvdma", String(pid));
-  return process.getuid?.() === 0
-    ? `/run/pvdma/${pid}`
-    : join("/tmp", `pvdma-${process.getuid?.()}`, String(pid));
+  return process.getuid?.() === 0 ? `/run/pvdma/${pid}` : undefined;
 }
 
 export class StatsDirectory {

@@ -1,8 +1,8 @@
 // A vCPU's state before its first instruction: CPUID, a few MSRs, the local APIC's pins, and the boot registers.
 
+import type { CpuidEntry } from "./boot/cpuid.js";
 import type { BootRegisters, Segment } from "./boot/linux.js";
 import { VmmError } from "./errors.js";
-import type { CpuidEntry } from "./kvm.js";
 import { check, ioctlStruct } from "./native/libc.js";
 import { IOCTL, STRUCT } from "./sys/kvm.js";
 import { newStruct, setU64 } from "./sys/layout.js";

@@ -4,8 +4,9 @@
 import { type MessagePort, parentPort, workerData } from "node:worker_threads";
 import { Dispatcher } from "../hypercalls/dispatcher.js";
 import { Engine } from "../hypercalls/engine.js";
+import { COM1 } from "./boot/acpi.js";
 import { ConfigPorts } from "./devices/config-ports.js";
-import { COM1_GSI, COM1_PORT, COM1_PORTS, Serial } from "./devices/serial.js";
+import { Serial } from "./devices/serial.js";
 import { errorMessage } from "./errors.js";
 import { GuestMemory } from "./guest-memory.js";
 import { irqLine } from "./irq-line.js";
@@ -47,7 +48,7 @@ class Vcpu {
     this.exits = exitCounters(job.control);
     const engine = new Engine(job.engine, (domain) => new VfioBackend(job.containerFds[domain]!), job.index);
     this.calls = new PioTransport(this.run, new Dispatcher(engine, new GuestMemory(job.ram)));
-    this.serial = new Serial(job.serial, irqLine(job.vmFd, COM1_GSI), () => port.postMessage(RING_SERIAL));
+    this.serial = new Serial(job.serial, irqLine(job.vmFd, COM1.gsi), () => port.postMessage(RING_SERIAL));
     this.config = new ConfigPorts(job.configAddress);
     this.slow = new SlowExitCaller(job.slowExits, port);
   }
@@ -97,8 +98,8 @@ class Vcpu {
   private portIo(): void {
     const { run, serial } = this;
     const { ioPort: port, ioWidth: width, ioCount: count, ioIsOut: isOut } = run;
-    const serialRegister = port - COM1_PORT;
-    const isSerial = width === 1 && serialRegister >= 0 && serialRegister < COM1_PORTS;
+    const serialRegister = port - COM1.port;
+    const isSerial = width === 1 && serialRegister >= 0 && serialRegister < COM1.ports;
     this.exits[isSerial ? EXIT_INDEX.serial : EXIT_INDEX.pio]!++;
     for (let i = 0, at = run.ioDataOffset; i < count; i++, at += width) {
       if (isSerial && isOut) serial.write(serialRegister, run.read(at, 1));

@@ -428,6 +428,15 @@ static void maps_lists(void)
 	EQUAL(iova, 0x30000);
 	EQUAL(counters.outstanding, 1);
 
+	/* ok, and yet not all of it: undone */
+	step(ASKED(PVDMA_CALL_MAP_LIST, .rdi = 4, .rsi = PAGE_GPA, .r8 = 2, .r9 = 0xffffffff,
+		   .r10 = PVDMA_MAP_READ), ANSWER(0, .rdi = 0x40000, .rsi = 1));
+	step(ASKED(PVDMA_CALL_UNMAP, .rdi = 4, .rsi = 0x40000, .r8 = 0x2000),
+	     ANSWER(0, .rdi = 0x2000));
+	EQUAL(pvdma_map_list(&host, &counters, 4, &list, PAGE_GPA, 0xffffffff,
+			     PVDMA_MAP_READ, &iova), PVDMA_STATUS_INVALID);
+	EQUAL(iova, 0x30000);
+
 	/* past what the device can emit: undone, the whole range */
 	step(ASKED(PVDMA_CALL_MAP_LIST, .rdi = 4, .rsi = PAGE_GPA, .r8 = 2, .r9 = 0xffffffff,
 		   .r10 = PVDMA_MAP_READ), ANSWER(0, .rdi = 0xfffff000, .rsi = 2));

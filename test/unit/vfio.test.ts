@@ -51,11 +51,12 @@ const NIC = parseBdf("0000:02:00.1");
 const GOOD = { [NVME]: { driver: "vfio-pci", group: 12 } };
 
 /** The one line that a VmmError says. */
-function complaint(action: () => unknown): string {
+/** The message of the error that `action` throws: a VmmError unless the command line is to blame. */
+function complaint(action: () => unknown, kind: typeof VmmError | typeof UsageError = VmmError): string {
   try {
     action();
   } catch (error) {
-    assert.ok(error instanceof VmmError, String(error));
+    assert.ok(error instanceof kind, String(error));
     assert.doesNotMatch(error.message, /\n/);
     return error.message;
   }
@@ -179,18 +180,20 @@ requests("slots are given from 1 up, around those that are asked for or taken", 
 requests("assigned twice, a slot twice, a slot out of range", () => {
   const root = { sysfs: sysfs({ ...GOOD, [NIC]: { driver: "vfio-pci", group: 13 } }) };
   assert.equal(
-    complaint(() => prepareAssignments([{ bdf: NVME }, { bdf: NVME, guestSlot: 4 }], root)),
+    complaint(() => prepareAssignments([{ bdf: NVME }, { bdf: NVME, guestSlot: 4 }], root), UsageError),
     "0000:02:00.0: assigned twice; name each device once",
   );
   assert.equal(
-    complaint(() =>
-      prepareAssignments(
-        [
-          { bdf: NVME, guestSlot: 4 },
-          { bdf: NIC, guestSlot: 4 },
-        ],
-        root,
-      ),
+    complaint(
+      () =>
+        prepareAssignments(
+          [
+            { bdf: NVME, guestSlot: 4 },
+            { bdf: NIC, guestSlot: 4 },
+          ],
+          root,
+        ),
+      UsageError,
     ),
     "0000:02:00.1: guest slot 4 is taken by 0000:02:00.0; use another",
   );

@@ -3,10 +3,6 @@
 
 import { Mutex } from "../../hypercalls/lock.js";
 
-export const COM1_PORT = 0x3f8;
-export const COM1_PORTS = 8;
-export const COM1_GSI = 4;
-
 /** Bytes the guest may be ahead of the terminal before its writes wait, and typed bytes that are kept for it. */
 const TX_BYTES = 1 << 16;
 const RX_BYTES = 1 << 12;

@@ -48,7 +48,6 @@ export const CONSTANT = {
   KVM_EXIT_FAIL_ENTRY: 9,
   KVM_EXIT_INTR: 10,
   KVM_EXIT_INTERNAL_ERROR: 17,
-  KVM_EXIT_SYSTEM_EVENT: 24,
   KVM_EXIT_IO_OUT: 1,
   KVM_SYNC_X86_REGS: 1,
   KVM_SYNC_X86_SREGS: 2,
@@ -63,8 +62,6 @@ export const CONSTANT = {
   KVM_DEV_TYPE_VFIO: 4,
   KVM_DEV_VFIO_GROUP: 1,
   KVM_DEV_VFIO_GROUP_ADD: 1,
-  KVM_CPUID_FLAG_SIGNIFCANT_INDEX: 1,
-  KVM_SYSTEM_EVENT_SHUTDOWN: 1,
 } as const;
 
 /** Where several things overlay each other in a union, the member that is used is named (`io.port`). */
@@ -84,12 +81,7 @@ export const STRUCT = {
     "mmio.len": 48,
     "mmio.is_write": 52,
     "fail_entry.hardware_entry_failure_reason": 32,
-    "fail_entry.cpu": 40,
     "internal.suberror": 32,
-    "internal.ndata": 36,
-    "internal.data": 40,
-    "hw.hardware_exit_reason": 32,
-    "system_event.type": 32,
     kvm_valid_regs: 288,
     kvm_dirty_regs: 296,
     "s.regs": 304,
