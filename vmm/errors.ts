@@ -27,3 +27,15 @@ export class SystemError extends Error {
     super(`${call}: ${code}`);
   }
 }
+
+/** Does `action` and returns true; an expected error goes to `report` instead and gives false. A bug is thrown on. */
+export function attempt(action: () => void, report: (message: string) => void): boolean {
+  try {
+    action();
+    return true;
+  } catch (error) {
+    if (!isExpected(error)) throw error;
+    report(error.message);
+    return false;
+  }
+}

@@ -2,7 +2,7 @@
 // Memory BARs become memory slots and trapped ranges, I/O BARs trapped ports. Addresses are the guest's (gpa or port).
 
 import { gpa, type Hva } from "../../hypercalls/addresses.js";
-import { isExpected, VmmError } from "../errors.js";
+import { attempt, VmmError } from "../errors.js";
 import type { IoHandler } from "../io-bus.js";
 import type { ConfigSpace } from "./config-space.js";
 import type { PciMachine } from "./machine-interface.js";
@@ -204,14 +204,7 @@ export class AddressDecoder {
   }
 
   private attempt(bar: Bar, action: () => void): boolean {
-    try {
-      action();
-      return true;
-    } catch (error) {
-      if (!isExpected(error)) throw error;
-      this.warnOnce(bar, error.message, bar.address);
-      return false;
-    }
+    return attempt(action, (message) => this.warnOnce(bar, message, bar.address));
   }
 
   private warnOnce(bar: Bar, why: string, address: number): void {

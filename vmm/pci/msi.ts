@@ -1,7 +1,7 @@
 // MSI (PCI 3.0, 6.8.1): 1 to 32 vectors that share one message, vector i in the low bits of its data. Only what the
 // guest's settings mean for the machine; the capability's registers are the function's configuration space.
 
-import { isExpected } from "../errors.js";
+import { attempt } from "../errors.js";
 import type { PciMachine } from "./machine-interface.js";
 import { type IrqSource, type Message, MsiVector } from "./msi-vector.js";
 
@@ -60,13 +60,6 @@ export class Msi {
   }
 
   private attempt(what: string, action: () => void): boolean {
-    try {
-      action();
-      return true;
-    } catch (error) {
-      if (!isExpected(error)) throw error;
-      this.warn(`MSI ${what}: ${error.message}`);
-      return false;
-    }
+    return attempt(action, (message) => this.warn(`MSI ${what}: ${message}`));
   }
 }

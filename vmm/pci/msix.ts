@@ -1,7 +1,7 @@
 // MSI-X (PCI 3.0, 6.8.2): the table and the pending bits as the guest sees them, and what its writes mean for the
 // machine. The device's own table is never the guest's: the host programs it. Everything the guest writes is untrusted.
 
-import { isExpected } from "../errors.js";
+import { attempt } from "../errors.js";
 import type { Width } from "../io-bus.js";
 import { allOnes } from "./access.js";
 import type { PciMachine } from "./machine-interface.js";
@@ -115,14 +115,7 @@ export class Msix {
   }
 
   private attempt(what: string, action: () => void): boolean {
-    try {
-      action();
-      return true;
-    } catch (error) {
-      if (!isExpected(error)) throw error;
-      this.warn(`MSI-X ${what}: ${error.message}`);
-      return false;
-    }
+    return attempt(action, (message) => this.warn(`MSI-X ${what}: ${message}`));
   }
 
   /**
