@@ -111,7 +111,9 @@
 /*
  * map_list: Maps a list as one contiguous IOVA range: the pages that each
  * entry touches, one entry after the other. All or nothing: with another
- * status than ok nothing of it is mapped.
+ * status than ok nothing of it is mapped, except in the rare case that the
+ * host cannot undo a part; that part stays pinned, and its IOVA is given to
+ * nobody. A device with identity needs a list that is contiguous.
  *   IN  rdi  handle
  *   IN  rsi  gpa of the call page: entries {u64 gpa, u64 bytes}
  *   IN  r8   entries, 1 to 256

@@ -82,7 +82,7 @@ export const STATUS = {
   ok: 0,
   /** Nothing wrong, ask again. */
   retry: 1,
-  /** A quota, the locked-memory limit or the entry limit; may pass when something is unmapped. */
+  /** A quota, the locked-memory limit, the entry limit or no IOVA left; may pass when something is unmapped. */
   limit: 2,
   /** The guest's mistake; nothing was changed. */
   invalid: 3,
@@ -162,7 +162,9 @@ export const CALLS = {
     number: 5,
     about:
       "Maps a list as one contiguous IOVA range: the pages that each entry touches, one entry after the other. " +
-      "All or nothing: with another status than ok nothing of it is mapped.",
+      "All or nothing: with another status than ok nothing of it is mapped, except in the rare case that the host " +
+      "cannot undo a part; that part stays pinned, and its IOVA is given to nobody. A device with identity needs a " +
+      "list that is contiguous.",
     in: {
       rdi: "handle",
       rsi: "gpa of the call page: entries {u64 gpa, u64 bytes}",

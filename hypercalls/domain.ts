@@ -24,6 +24,8 @@ const LIMIT_QUOTA = status(STATUS.limit, ERRNO.EDQUOT);
 const LIMIT_STUCK = status(STATUS.limit, ERRNO.EPROTO);
 /** Nothing is mapped in an identity domain before mapAll. */
 const RETRY_NOT_YET = status(STATUS.retry, ERRNO.EAGAIN);
+/** An identity domain cannot place it where the device or the caller needs it. */
+const INVALID_PLACE = status(STATUS.invalid, ERRNO.ERANGE);
 /** Nothing of this device is mapped there. */
 const INVALID_STALE = status(STATUS.invalid, ERRNO.ESTALE);
 
@@ -40,7 +42,7 @@ export interface MapAllFailure {
 export interface Domain {
   /**
    * Makes the runs reachable for the device as one IOVA range, no page above `lastPage`; `flags` are MAP_FLAG bits.
-   * Returns a status. With ok, `runs.iovaPage` is the first page of the range; otherwise nothing is mapped and
+   * Returns a status. With ok, `runs.iovaPage` is the first page of the range; otherwise nothing is mapped (but for what the backend will not undo: stuck) and
    * `runs.failedRun` is the first run that could not be done.
    */
   map(handle: number, runs: RunList, lastPage: number, flags: number): number;
@@ -87,6 +89,13 @@ const MAPPING_SHIFT = 2;
 
 /** More entries than this are not used, whatever the backend allows: 2^20 take some 100 MiB of tables, if touched. */
 const ENTRIES_MAX = 2 ** 20;
+
+/**
+ * Most pages a translated domain maps at a time: sixteen times RAM, and a largest mapping more. Drivers map a page a
+ * few times over; a guest that maps the same pages for ever would fill the host with IOMMU tables, 2 MiB of them for
+ * each GiB, whatever the quota on distinct pinned pages is.
+ */
+const mappedPagesMax = (ramPages: number): number => 16 * ramPages + LIMITS.mapPages;
 
 /** Memory offsets of a translated domain, in bytes. */
 function layout(limits: BackendLimits) {
@@ -167,6 +176,7 @@ export class TranslatedDomain implements Domain {
       runs.failedRun = free;
       return LIMIT_ENTRIES;
     }
+    if (this.#devicePages[0]! + runs.pages > mappedPagesMax(this.#ram.pages)) return LIMIT_QUOTA;
     const node = this.#allocator.alloc(runs.pages, lastPage, (flags & MAP_FLAG.align) !== 0);
     if (node === 0) return LIMIT_IOVA;
     if (!this.#pins.add(runs)) {
@@ -383,9 +393,10 @@ export class IdentityDomain implements Domain {
       }
       next += runs.runPages[run]!;
     }
-    if (next - 1 > lastPage) return LIMIT_IOVA;
+    // It will never fit, so this is no limit that may pass: such a device wants a translated domain.
+    if (next - 1 > lastPage) return INVALID_PLACE;
     if ((flags & MAP_FLAG.align) !== 0 && first % 2 ** Math.ceil(Math.log2(runs.pages)) !== 0)
-      return LIMIT_IOVA;
+      return INVALID_PLACE;
     runs.iovaPage = first;
     return OK;
   }

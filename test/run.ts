@@ -1,7 +1,7 @@
 // Runs the tests: every compiled *.test.js in a process of its own, as many side by side as there are processors, fast
 // ones first, and ends with one line that counts them. Arguments choose tests by a part of their path.
 
-import { spawn, spawnSync } from "node:child_process";
+import { type ChildProcess, spawn, spawnSync } from "node:child_process";
 import { existsSync, readdirSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import { dirname, join, relative } from "node:path";
@@ -30,6 +30,16 @@ interface Outcome {
   readonly skipped: number;
 }
 
+/** A file that takes longer hangs. */
+const FILE_TIMEOUT_MS = (process.env.PVDMA_SOAK === undefined ? 20 : 240) * 60_000;
+const running = new Set<ChildProcess>();
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+  process.on(signal, () => {
+    begun = files.length;
+    for (const child of running) child.kill(signal);
+  });
+}
+
 /**
  * Runs one file; its output comes when it has ended, so that files that run side by side do not mix. Counts by uvu's
  * closing lines; a file that dies early is one failure.
@@ -41,6 +51,11 @@ function runFile(path: string): Promise<Outcome & { readonly output: string }> {
       stdio: ["ignore", "pipe", "pipe"],
       env: { ...process.env, FORCE_COLOR: "0" },
     });
+    const timer = setTimeout(() => {
+      output += `\n${relative(built, path)}: killed after ${FILE_TIMEOUT_MS / 60_000} minutes\n`;
+      child.kill("SIGKILL");
+    }, FILE_TIMEOUT_MS);
+    running.add(child);
     let output = "";
     for (const stream of [child.stdout, child.stderr]) {
       stream.on("data", (chunk: Buffer) => {
@@ -48,6 +63,8 @@ function runFile(path: string): Promise<Outcome & { readonly output: string }> {
       });
     }
     child.on("close", (code) => {
+      clearTimeout(timer);
+      running.delete(child);
       const count = (label: string) =>
         Number(new RegExp(`^\\s*${label}:\\s+(\\d+)`, "m").exec(output)?.[1] ?? 0);
       const total = count("Total");
@@ -88,7 +105,9 @@ async function work(): Promise<void> {
     add(name, outcome);
   }
 }
-await Promise.all(Array.from({ length: Math.min(availableParallelism(), 4) }, work));
+/** One device can be assigned once at a time. */
+const workers = process.env.PVDMA_HOST_BDF === undefined ? Math.min(availableParallelism(), 4) : 1;
+await Promise.all(Array.from({ length: workers }, work));
 console.log(`\n${seconds()}`);
 if (failures.length > 0) console.log(`failed: ${failures.join(", ")}`);
 console.log(

@@ -76,6 +76,8 @@ export class Machine implements PciMachine {
   private readonly vcpuFds: number[] = [];
   private readonly vcpus: RunningVcpu[] = [];
   private readonly end: Promise<Outcome | Error>;
+  /** A vCPU's thread was ended by force (out of memory, say) and may have left a lock held. */
+  threadLost = false;
   private settle: (outcome: Outcome | Error) => void = () => undefined;
 
   constructor(
@@ -200,6 +202,7 @@ export class Machine implements PciMachine {
         }
       });
       worker.on("error", (error) => {
+        this.threadLost = true;
         end = { kind: "failed", why: error.message };
         this.vcpuEnded(index, end);
       });

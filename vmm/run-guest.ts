@@ -204,6 +204,8 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     const containerFds = [...opened.containers.values()].map((container) => container.fd);
     const engine = new Engine(state, (domain) => new VfioBackend(containerFds[domain]!), options.cpus);
     cleanup.add(() => {
+      // Nobody can take a lock that a lost thread held; the containers' end undoes every mapping as well.
+      if (machine.threadLost) return;
       const stuck = engine.close();
       if (stuck > 0) warn(`${stuck} mappings could not be undone; they end with their IOMMU domain`);
     });

@@ -2,13 +2,13 @@
 // arrive and leave with the exit. Another transport would stand beside this file.
 
 import { FRAME_REGISTERS, PORT } from "../hypercalls/abi.js";
-import type { Dispatcher } from "../hypercalls/dispatcher.js";
+import { type Dispatcher, FRAME_WORDS } from "../hypercalls/dispatcher.js";
 import { REGISTER, type RunArea } from "./run-area.js";
 
 const ARGUMENTS = FRAME_REGISTERS.map((name) => REGISTER[name]);
 
 export class PioTransport {
-  private readonly frame = new Float64Array(6);
+  private readonly frame = new Float64Array(FRAME_WORDS);
 
   constructor(
     private readonly run: RunArea,

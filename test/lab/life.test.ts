@@ -98,14 +98,22 @@ lab("what is typed reaches the guest, and Ctrl-A X leaves", async () => {
 });
 
 lab("a console that nobody reads does not keep SIGTERM from ending it", async () => {
-  const pid = `${host.shareDir}/pid`;
-  const command = `node dist/vmm.js --memory 64M --assign ${bdf} --cmdline flood '${image}'`;
-  const reader = await host.spawn(
-    `(echo $BASHPID > ${pid} 2>/dev/null; sh -c 'echo $$ > ${pid}; exec ${command}') | (sleep 1000)`,
-  );
-  await sleep(6000);
+  const directory = `${host.shareDir}/flood`;
+  const command = `exec node dist/vmm.js --memory 64M --assign ${bdf} --stats-dir ${directory} --cmdline flood '${image}'`;
+  const reader = await host.spawn(`sh -c 'echo $$ > ${host.shareDir}/pid; ${command}' | sleep 1000`);
+  const writes = async () => {
+    const { stdout } = await host.run(`cat ${directory}/vcpus/0/exits/serial 2>/dev/null || echo 0`);
+    return Number(stdout);
+  };
+  // Until the guest has filled the pipe, what Node buffers, and the serial port's queue, and waits.
+  for (let before = -1, now = await writes(); now === 0 || now !== before; ) {
+    await sleep(2000);
+    before = now;
+    now = await writes();
+  }
+  assert.ok((await writes()) > 2 ** 16, "the guest wrote more than the queue holds");
   const { status } = await host.run(
-    `p=$(cat ${pid}); kill $p; for i in $(seq 150); do kill -0 $p 2>/dev/null || exit 0; sleep 0.1; done; exit 1`,
+    `p=$(cat ${host.shareDir}/pid); kill $p; for i in $(seq 150); do kill -0 $p 2>/dev/null || exit 0; sleep 0.1; done; exit 1`,
   );
   assert.is(status, 0, "it ended within 15 s");
   reader.kill("SIGKILL");

@@ -35,10 +35,8 @@ export class RunningVmm {
   ) {}
 
   static async start(host: Host, args: readonly string[]): Promise<RunningVmm> {
-    const command = ["exec", "node", join(repoRoot, "dist/vmm.js"), "--stats", ...args]
-      .map(shellQuote)
-      .join(" ");
-    const vmm = new RunningVmm(host, await host.spawn(command.replace("'exec'", "exec")));
+    const command = ["node", join(repoRoot, "dist/vmm.js"), "--stats", ...args].map(shellQuote).join(" ");
+    const vmm = new RunningVmm(host, await host.spawn(`exec ${command}`));
     started.push(vmm);
     return vmm;
   }

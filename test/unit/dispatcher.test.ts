@@ -200,7 +200,10 @@ calls("calls are counted, by kind, class and page, and the lanes of all threads 
   assert.equal(stat(engine, "hypercalls/unmap/pages"), 3);
 
   const other = new Engine(state, (domain) => backends[domain]!, 1);
+  const ours = new Float64Array(state.lanes).slice(0, state.lanes.byteLength / 8 / state.config.lanes);
   other.lane.record(CALLS.map.number, 0, 5, 2 ** 40);
+  const after = new Float64Array(state.lanes).slice(0, ours.length);
+  assert.deepEqual(after, ours, "a lane has one writer");
   assert.equal(stat(engine, "hypercalls/map/calls"), 4);
   assert.equal(stat(engine, "hypercalls/map/pages"), 8);
   assert.equal(stat(engine, "hypercalls/map/ns_max"), 2 ** 40);

@@ -127,16 +127,21 @@ export class VfioContainer {
     }
     const flags = info.getUint32(layout.flags, true);
     const limits = {
-      ranges: [{ first: 0, last: MAX_EXACT }],
+      ranges: [] as { first: number; last: number }[],
       pageSizeMask: flags & CONSTANT.VFIO_IOMMU_INFO_PGSIZES ? getU64(info, layout.iova_pgsizes) : 4096,
       entries: DEFAULT_ENTRIES,
     };
-    if ((flags & CONSTANT.VFIO_IOMMU_INFO_CAPS) === 0) return limits;
-    for (const { id, at } of capabilities(info, info.getUint32(layout.cap_offset, true))) {
+    const capabilitiesAt =
+      flags & CONSTANT.VFIO_IOMMU_INFO_CAPS ? info.getUint32(layout.cap_offset, true) : 0;
+    for (const { id, at } of capabilities(info, capabilitiesAt)) {
       if (id === CONSTANT.VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE) limits.ranges = iovaRanges(info, at);
       if (id === CONSTANT.VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL) {
         limits.entries = info.getUint32(at + STRUCT.vfio_iommu_type1_info_dma_avail.avail, true);
       }
+    }
+    if (limits.ranges.length === 0) {
+      // Guessing would hand out the MSI window, where a device's write is an interrupt and no memory access.
+      throw new VmmError("VFIO does not say which bus addresses can be mapped; Linux 5.4 or later is needed");
     }
     return limits;
   }
