@@ -4,14 +4,14 @@
 import { readFileSync } from "node:fs";
 import { errorMessage, isExpected, UsageError } from "./errors.js";
 import { HELP, parseCommandLine } from "./options.js";
-import { runGuest } from "./run-guest.js";
+import { type GuestEnd, runGuest } from "./run-guest.js";
 
-/** Runs the command with the arguments after its name; resolves to the exit status. */
-async function main(args: readonly string[]): Promise<number> {
+/** Runs the command with the arguments after its name. */
+async function main(args: readonly string[]): Promise<GuestEnd> {
   const command = parseCommandLine(args);
   if ("run" in command) return runGuest(command.run);
   process.stdout.write(command.print === "help" ? HELP : `vmm ${version()}\n`);
-  return 0;
+  return { status: 0, atOnce: false };
 }
 
 function version(): string {
@@ -31,8 +31,10 @@ function report(error: unknown): number {
 // Until main() says otherwise: a promise that is never kept must not look like success.
 process.exitCode = 1;
 main(process.argv.slice(2)).then(
-  (status) => {
+  ({ status, atOnce }) => {
     process.exitCode = status;
+    // Otherwise the process ends when its output is written, which a reader that has stopped reading would prevent.
+    if (atOnce) process.exit();
   },
   (error: unknown) => {
     process.exitCode = report(error);

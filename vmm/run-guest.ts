@@ -97,8 +97,16 @@ class Statistics {
   }
 }
 
-/** Runs the guest that the options describe until it ends for good; resolves to the exit status. */
-export async function runGuest(options: Options): Promise<number> {
+/** How it ended for good. */
+export interface GuestEnd {
+  /** Exit status. */
+  readonly status: number;
+  /** Somebody wants it gone: output that nobody takes is not waited for. */
+  readonly atOnce: boolean;
+}
+
+/** Runs the guest that the options describe until it ends for good, and gives everything back. */
+export async function runGuest(options: Options): Promise<GuestEnd> {
   const cleanup = new Cleanup(warn);
   const ending = new Ending();
   cleanup.add(handleProcessEvents(ending));
@@ -146,9 +154,9 @@ export async function runGuest(options: Options): Promise<number> {
       const outcome = ending.outcome(await runMachine(guest));
       if (outcome.kind === "signal") {
         warn(`ended by ${outcome.signal}`);
-        return 1;
+        return { status: 1, atOnce: true };
       }
-      if (outcome.kind !== "reset" || !options.reboot) return 0;
+      if (outcome.kind !== "reset" || !options.reboot) return { status: 0, atOnce: false };
       memory.clear();
     }
   } finally {

@@ -108,6 +108,7 @@ static const struct pvdma_host host = {
 	.port = PVDMA_PORT, .list_entries = PVDMA_LIST_ENTRIES,
 	.map_pages = PVDMA_MAP_PAGES_MAX,
 };
+
 static struct pvdma_counters counters;
 static struct pvdma_entry page[PVDMA_LIST_ENTRIES];
 
