@@ -27,7 +27,7 @@ done
 echo "guest: /dev/nvme0n1 is there, $(cat /sys/block/nvme0n1/size) sectors, after $(cut -d ' ' -f 1 /proc/uptime) s"
 sha256sum /dev/nvme0n1 || exit 1
 echo "guest: read after $(cut -d ' ' -f 1 /proc/uptime) s; what its module counted:"
-cd /sys/kernel/debug/pvdma 2>/dev/null && grep -r . . | sed 's,^\\./,  ,; s,:, ,' | sort
+cd /sys/kernel/debug/pvdma 2>/dev/null && for f in $(find . -type f | sort); do echo "  \${f#./} $(cat $f)"; done
 exit 0
 `;
 
