@@ -57,6 +57,7 @@ export function createRam(pieces: readonly { gpa: number; bytes: number }[]): Ra
 export class GuestMemory implements GuestMemoryAccess {
   /** Windows over the mapping, made when first used; index is the file offset / WINDOW_BYTES. */
   private readonly windows: (Uint32Array | undefined)[] = [];
+  private firstWord = 0;
   private readonly totalBytes: number;
   private readonly base: Hva;
 
@@ -82,24 +83,18 @@ export class GuestMemory implements GuestMemoryAccess {
    */
   copyIn(address: Gpa, bytes: number, into: Uint32Array): boolean {
     const words = bytes / 4;
-    const offset = this.fileOffset(address, bytes);
-    if (offset < 0) return false;
-    const window = this.window(offset);
-    const first = (offset % WINDOW_BYTES) / 4;
-    if (first + words > window.length) return false;
-    for (let i = 0; i < words; i++) into[i] = window[first + i]!;
+    const window = this.windowFor(address, bytes);
+    if (window === undefined) return false;
+    for (let i = 0; i < words; i++) into[i] = window[this.firstWord + i]!;
     return true;
   }
 
   /** The reverse of copyIn, under the same rules. */
   copyOut(address: Gpa, bytes: number, from: Uint32Array): boolean {
     const words = bytes / 4;
-    const offset = this.fileOffset(address, bytes);
-    if (offset < 0) return false;
-    const window = this.window(offset);
-    const first = (offset % WINDOW_BYTES) / 4;
-    if (first + words > window.length) return false;
-    for (let i = 0; i < words; i++) window[first + i] = from[i]!;
+    const window = this.windowFor(address, bytes);
+    if (window === undefined) return false;
+    for (let i = 0; i < words; i++) window[this.firstWord + i] = from[i]!;
     return true;
   }
 
@@ -134,6 +129,15 @@ export class GuestMemory implements GuestMemoryAccess {
     const offset = this.fileOffset(address, bytes);
     if (offset < 0) throw new RangeError(`${bytes} bytes at gpa 0x${address.toString(16)} are not guest RAM`);
     return offset;
+  }
+
+  /** The window that holds the range, which begins at its word `firstWord`; undefined when it is not all there. */
+  private windowFor(address: number, bytes: number): Uint32Array | undefined {
+    const offset = this.fileOffset(address, bytes);
+    if (offset < 0) return undefined;
+    const window = this.window(offset);
+    this.firstWord = (offset % WINDOW_BYTES) / 4;
+    return this.firstWord + bytes / 4 <= window.length ? window : undefined;
   }
 
   private window(offset: number): Uint32Array {

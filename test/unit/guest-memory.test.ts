@@ -1,0 +1,56 @@
+// Guest RAM through windows: a call page may lie in any of them, and at the very end of a piece.
+
+import { closeSync, fstatSync } from "node:fs";
+import { suite } from "uvu";
+import * as assert from "uvu/assert";
+import { gpa } from "../../hypercalls/addresses.js";
+import { createRam, GuestMemory, ramBytes } from "../../vmm/guest-memory.js";
+
+const GiB = 2 ** 30;
+const PAGE = 4096;
+const test = suite("guest memory");
+
+// Sparse: two windows below the hole, the second of two pages, and a piece above it.
+const ram = createRam([
+  { gpa: 0, bytes: GiB + 2 * PAGE },
+  { gpa: 4 * GiB, bytes: 2 * PAGE },
+]);
+const memory = new GuestMemory(ram);
+const page = (seed: number) => Uint32Array.from({ length: PAGE / 4 }, (_, i) => seed * 65_536 + i);
+test.after(() => closeSync(ram.fd));
+
+test("a page is the same through copyOut, copyIn and write, wherever it lies", () => {
+  const places = [0, GiB - PAGE, GiB, GiB + PAGE, 4 * GiB, 4 * GiB + PAGE];
+  for (const [i, at] of places.entries()) assert.ok(memory.copyOut(gpa(at), PAGE, page(i + 1)), `gpa ${at}`);
+  const other = new GuestMemory(ram);
+  const got = new Uint32Array(PAGE / 4);
+  for (const [i, at] of places.entries()) {
+    assert.ok(other.copyIn(gpa(at), PAGE, got));
+    assert.equal(got, page(i + 1), `gpa ${at}`);
+  }
+  other.write(GiB - 2, Uint8Array.of(1, 2, 3, 4));
+  assert.ok(memory.copyIn(gpa(GiB), 4, got));
+  assert.is(got[0]! & 0xffff, 0x0403, "write crosses windows");
+});
+
+test("what is not wholly RAM is refused, and nothing is copied", () => {
+  const got = page(9);
+  for (const at of [GiB + 2 * PAGE, GiB + PAGE + 4, 2 * GiB, 4 * GiB - PAGE, 4 * GiB + 2 * PAGE, 2 ** 53]) {
+    assert.not.ok(memory.copyIn(gpa(at), PAGE, got), `gpa ${at}`);
+    assert.not.ok(memory.copyOut(gpa(at), PAGE, got), `gpa ${at}`);
+    assert.throws(() => memory.write(at, new Uint8Array(PAGE)), /are not guest RAM/);
+  }
+  assert.equal(got, page(9));
+});
+
+test("memory costs only what was touched, and nothing after clear()", () => {
+  assert.is(ramBytes(ram), GiB + 4 * PAGE);
+  assert.ok(fstatSync(ram.fd).blocks * 512 < 64 * PAGE, `${fstatSync(ram.fd).blocks} blocks`);
+  memory.clear();
+  assert.is(fstatSync(ram.fd).blocks, 0);
+  const got = page(1);
+  assert.ok(memory.copyIn(gpa(4 * GiB), PAGE, got));
+  assert.ok(got.every((word) => word === 0));
+});
+
+test.run();
