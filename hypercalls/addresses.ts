@@ -22,12 +22,6 @@ export const PAGE_SHIFT = 12;
 /** Above this a double no longer holds every integer; a 64-bit register that is larger is out of every valid range. */
 export const MAX_EXACT = Number.MAX_SAFE_INTEGER;
 
-/** Page frame number of an address below 2^44 (so that the result is a 32-bit integer). */
-export const pageOf = (address: number): number => Math.floor(address / PAGE_BYTES);
-
-/** Offset of an address in its page, 0 to 4095. */
-export const offsetInPage = (address: number): number => address % PAGE_BYTES;
-
 /** Pages that `bytes` bytes from `address` touch; `bytes` at least 1. */
 export const pagesTouched = (address: number, bytes: number): number =>
   Math.floor((address + bytes - 1) / PAGE_BYTES) - Math.floor(address / PAGE_BYTES) + 1;

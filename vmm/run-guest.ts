@@ -127,7 +127,6 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
     cleanup.add(() => kvm.close());
     const supportedCpuid = kvm.supportedCpuid();
     const plan = planMemory({ memoryBytes: options.memoryBytes, physicalBits: physicalBits(supportedCpuid) });
-    acpiTables(options.cpus, plan);
 
     // 3. Guest RAM. It stays mapped until the process ends.
     const ram = createRam(plan.ram);

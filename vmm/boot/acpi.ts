@@ -44,7 +44,6 @@ export const PM1_CONTROL = {
   /** SLP_TYP of S5, as \_S5 in the DSDT says. */
   slpTypOff: 5,
 } as const;
-export const PM1_POWER_BUTTON = 1 << 8;
 /** Level-triggered, active high. GSI = IOAPIC pin, as everywhere here. */
 export const SCI_GSI = 9;
 export const COM1 = { port: 0x3f8, ports: 8, gsi: 4 } as const;
