@@ -7,7 +7,7 @@
 #define PVDMA_ABI_H
 
 #define PVDMA_ABI_MAJOR			1u
-#define PVDMA_ABI_MINOR			0u
+#define PVDMA_ABI_MINOR			1u
 #define PVDMA_ABI_VERSION		(PVDMA_ABI_MAJOR << 16 | PVDMA_ABI_MINOR)
 
 /* Discovery: CPUID leaves, relative to the base at which the signature is found */
@@ -28,6 +28,7 @@
 #define PVDMA_PORT			0xb50u
 
 #define PVDMA_FEATURE_LIST		0x1u
+#define PVDMA_FEATURE_RELEASE		0x2u
 
 #define PVDMA_CALL_PAGE_BYTES		4096u
 #define PVDMA_ENTRY_BYTES		16u
@@ -83,6 +84,11 @@
  *   OUT rdi  handle for the other calls; 0: not an assigned device
  *   OUT rsi  policy, and DEVICE_FLAG bits
  *   OUT r8   bits of IOVA the IOMMU translates for it
+ *   OUT r9   runs of contiguous memory that its IOMMU domain maps at a
+ *                time, all devices of the domain together; 0: not told (since
+ *                1.1)
+ *   OUT r10  most bytes that can be pinned for it at a time; 0: no limit
+ *                is known (since 1.1)
  */
 #define PVDMA_CALL_IS_ASSIGNED		2u
 
@@ -135,5 +141,16 @@
  *   OUT rsi  entries done
  */
 #define PVDMA_CALL_UNMAP_LIST		6u
+
+/*
+ * release: Takes back every mapping of a device whose driver is gone (since
+ * 1.1). The caller has stopped the device first: bus mastering off, or reset.
+ * With another status than ok some of it stays mapped; asking again tries
+ * again.
+ *   IN  rdi  handle
+ *   OUT rdi  mappings taken back
+ *   OUT rsi  bytes of them, whole pages
+ */
+#define PVDMA_CALL_RELEASE		7u
 
 #endif /* PVDMA_ABI_H */

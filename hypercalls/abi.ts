@@ -8,7 +8,7 @@
 // a host of another major.
 
 export const ABI_MAJOR = 1;
-export const ABI_MINOR = 0;
+export const ABI_MINOR = 1;
 export const ABI_VERSION = (ABI_MAJOR << 16) | ABI_MINOR;
 
 /**
@@ -36,6 +36,8 @@ export const PORT = 0x0b50;
 export const FEATURE = {
   /** map_list and unmap_list are there. */
   list: 1 << 0,
+  /** release is there, and is_assigned tells what the host has (since 1.1). */
+  release: 1 << 1,
 } as const;
 
 export const LIMITS = {
@@ -132,6 +134,8 @@ export const CALLS = {
       rdi: "handle for the other calls; 0: not an assigned device",
       rsi: "policy, and DEVICE_FLAG bits",
       r8: "bits of IOVA the IOMMU translates for it",
+      r9: "runs of contiguous memory that its IOMMU domain maps at a time, all devices of the domain together; 0: not told (since 1.1)",
+      r10: "most bytes that can be pinned for it at a time; 0: no limit is known (since 1.1)",
     },
   },
   map: {
@@ -186,6 +190,14 @@ export const CALLS = {
       r8: "entries, 1 to 256",
     },
     out: { rdi: "bytes unmapped, whole pages", rsi: "entries done" },
+  },
+  release: {
+    number: 7,
+    about:
+      "Takes back every mapping of a device whose driver is gone (since 1.1). The caller has stopped the device " +
+      "first: bus mastering off, or reset. With another status than ok some of it stays mapped; asking again tries again.",
+    in: { rdi: "handle" },
+    out: { rdi: "mappings taken back", rsi: "bytes of them, whole pages" },
   },
 } as const satisfies Record<string, CallSpec>;
 export type CallName = keyof typeof CALLS;

@@ -2,17 +2,19 @@
 // and counts; what the values mean is checked in engine.ts. A frame is a Float64Array: [0] the call number in and
 // the status out, [1] to [5] arguments and results in the order of FRAME_REGISTERS.
 
-import { CALLS, LIMITS, STATUS } from "./abi.js";
+import { CALLS, LIMITS } from "./abi.js";
 import { gpa, MAX_EXACT, PAGE_BYTES } from "./addresses.js";
 import type { Engine } from "./engine.js";
 import type { GuestMemory } from "./guest-ram.js";
 import { REFUSED } from "./stats.js";
-import { ERRNO, INVALID_EINVAL, OK, status } from "./status.js";
-
-const INVALID_CPL = status(STATUS.invalid, ERRNO.EPERM);
-const INVALID_CALL = status(STATUS.invalid, ERRNO.ENOSYS);
-const INVALID_COUNT = status(STATUS.invalid, ERRNO.E2BIG);
-const INVALID_NOT_RAM = status(STATUS.invalid, ERRNO.EFAULT);
+import {
+  INVALID_CALL,
+  INVALID_CPL,
+  INVALID_EINVAL,
+  INVALID_NOT_RAM,
+  INVALID_TOO_LONG,
+  OK,
+} from "./status.js";
 
 /** Numbers in a frame. */
 export const FRAME_WORDS = 6;
@@ -35,7 +37,8 @@ export class Dispatcher {
    * level; 1 to 3 are refused. Never throws, whatever the frame holds.
    */
   dispatch(frame: Float64Array, cpl: number): void {
-    const lane = this.#engine.lane;
+    const engine = this.#engine;
+    const { lane } = engine;
     const call = frame[0]!;
     // Entries done: valid with every status.
     const isList = call === CALLS.map_list.number || call === CALLS.unmap_list.number;
@@ -49,7 +52,10 @@ export class Dispatcher {
     const result = isList ? this.#list(call, frame) : this.#single(call, frame);
     frame[0] = result;
     if (result === INVALID_CALL) lane.refuse(REFUSED.unknown);
-    else lane.record(call, result, this.#engine.pages, Math.round((performance.now() - start) * 1e6));
+    else {
+      const ns = Math.round((performance.now() - start) * 1e6);
+      lane.record(call, engine.handle, result, engine.injected, engine.pages, ns);
+    }
   }
 
   #single(call: number, frame: Float64Array): number {
@@ -67,7 +73,14 @@ export class Dispatcher {
         return result;
       case CALLS.is_assigned.number:
         result = engine.isAssigned(frame[1]!);
-        for (let index = 0; result === OK && index < 3; index++) frame[index + 1] = out[index]!;
+        for (let index = 0; result === OK && index < 5; index++) frame[index + 1] = out[index]!;
+        return result;
+      case CALLS.release.number:
+        result = engine.release(frame[1]!);
+        if (result === OK) {
+          frame[1] = out[0]!;
+          frame[2] = out[1]!;
+        }
         return result;
       case CALLS.probe.number:
         return this.#probe(frame);
@@ -95,10 +108,10 @@ export class Dispatcher {
     const engine = this.#engine;
     const page = frame[2]!;
     const count = frame[3]!;
-    engine.pages = 0;
+    engine.begin(frame[1]!);
     frame[2] = 0;
     if (count < 1) return INVALID_EINVAL;
-    if (count > LIMITS.listEntries) return INVALID_COUNT;
+    if (count > LIMITS.listEntries) return INVALID_TOO_LONG;
     const checked = this.#checkPage(page);
     if (checked !== OK) return checked;
     if (!this.#memory.copyIn(gpa(page), count * LIMITS.entryBytes, this.#page)) return INVALID_NOT_RAM;

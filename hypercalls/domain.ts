@@ -5,7 +5,7 @@
 // change together.
 //
 // A mapping that the backend would not unmap is stuck: it stays in the books with its pins, its IOVA is not handed
-// out again, it is counted, and the caller learns of it. Unmapping it once more tries again.
+// out again, it is counted, and the caller learns of it. Unmapping it once more tries again, and so does reclaim.
 
 import { LIMITS, MAP_FLAG, STATUS } from "./abi.js";
 import { type Gpa, gpa, iova, PAGE_BYTES } from "./addresses.js";
@@ -13,7 +13,15 @@ import type { BackendLimits, DmaBackend } from "./backend.js";
 import { type GuestRam, RunList } from "./guest-ram.js";
 import { IovaAllocator } from "./iova.js";
 import type { Pins } from "./pins.js";
-import { ERRNO, INVALID_EINVAL, OK, status, statusOfHostErrno } from "./status.js";
+import {
+  ERRNO,
+  INVALID_EINVAL,
+  INVALID_PLACE,
+  INVALID_STALE,
+  OK,
+  status,
+  statusOfHostErrno,
+} from "./status.js";
 
 /** The domain has no entry left. */
 const LIMIT_ENTRIES = status(STATUS.limit, ERRNO.ENOSPC);
@@ -24,10 +32,6 @@ const LIMIT_QUOTA = status(STATUS.limit, ERRNO.EDQUOT);
 const LIMIT_STUCK = status(STATUS.limit, ERRNO.EPROTO);
 /** Nothing is mapped in an identity domain before mapAll. */
 const RETRY_NOT_YET = status(STATUS.retry, ERRNO.EAGAIN);
-/** An identity domain cannot place it where the device or the caller needs it. */
-const INVALID_PLACE = status(STATUS.invalid, ERRNO.ERANGE);
-/** Nothing of this device is mapped there. */
-const INVALID_STALE = status(STATUS.invalid, ERRNO.ESTALE);
 
 const ACCESS = MAP_FLAG.read | MAP_FLAG.write;
 
@@ -50,8 +54,19 @@ export interface Domain {
   /** Takes back the mapping of `pages` pages that begins at IOVA page `page`. Returns a status. */
   unmap(handle: number, page: number, pages: number): number;
 
-  /** Takes back every mapping of a device, or of all with handle 0. O(mappings). */
-  release(handle: number): void;
+  /**
+   * Takes back every mapping of a device, and leaves in `releasedMappings` and `releasedPages` what that was. Returns
+   * a status: a limit when some of it is stuck. O(mappings of the domain).
+   */
+  release(handle: number): number;
+  readonly releasedMappings: number;
+  readonly releasedPages: number;
+
+  /** Whether reclaim has anything to try. Needs no lock. */
+  readonly reclaimable: boolean;
+
+  /** Gives back what no driver has mapped any more; returns the mappings that went. */
+  reclaim(): number;
 
   /** Pages mapped for a device, or for all with handle 0; stuck ones count. */
   mappedPages(handle: number): number;
@@ -121,8 +136,13 @@ function layout(limits: BackendLimits) {
  * entry per contiguous run of memory.
  */
 export class TranslatedDomain implements Domain {
+  releasedMappings = 0;
+  releasedPages = 0;
+
   readonly #ram: GuestRam;
   readonly #pins: Pins;
+  /** By handle; of this domain's devices. */
+  readonly #devicePins: readonly Pins[];
   readonly #backend: DmaBackend;
   readonly #entries: number;
   readonly #header: Int32Array;
@@ -144,11 +164,13 @@ export class TranslatedDomain implements Domain {
     limits: BackendLimits,
     ram: GuestRam,
     pins: Pins,
+    devicePins: readonly Pins[],
     backend: DmaBackend,
   ) {
     const at = layout(limits);
     this.#ram = ram;
     this.#pins = pins;
+    this.#devicePins = devicePins;
     this.#backend = backend;
     this.#entries = at.entries;
     this.#header = new Int32Array(memory, 0, HEADER_WORDS);
@@ -179,7 +201,13 @@ export class TranslatedDomain implements Domain {
     if (this.#devicePages[0]! + runs.pages > mappedPagesMax(this.#ram.pages)) return LIMIT_QUOTA;
     const node = this.#allocator.alloc(runs.pages, lastPage, (flags & MAP_FLAG.align) !== 0);
     if (node === 0) return LIMIT_IOVA;
+    const devicePins = this.#devicePins[handle]!;
+    if (!devicePins.add(runs)) {
+      this.#allocator.free(node);
+      return LIMIT_QUOTA;
+    }
     if (!this.#pins.add(runs)) {
+      for (let run = 0; run < runs.count; run++) devicePins.remove(runs.ramPage[run]!, runs.runPages[run]!);
       this.#allocator.free(node);
       return LIMIT_QUOTA;
     }
@@ -213,12 +241,37 @@ export class TranslatedDomain implements Domain {
     return this.#unmapNode(node);
   }
 
-  release(handle: number): void {
+  release(handle: number): number {
+    this.releasedMappings = 0;
+    this.releasedPages = 0;
+    let result: number = OK;
     for (let node = 1; node < this.#allocator.nodesTouched; node++) {
       if (!this.#allocator.isLive(node)) continue;
-      if (handle !== 0 && this.#mappings[(node << MAPPING_SHIFT) + MAPPING_HANDLE] !== handle) continue;
-      this.#unmapNode(node);
+      if (this.#mappings[(node << MAPPING_SHIFT) + MAPPING_HANDLE] !== handle) continue;
+      const pages = this.#allocator.pages(node);
+      if (this.#unmapNode(node) === OK) {
+        this.releasedMappings++;
+        this.releasedPages += pages;
+      } else result = LIMIT_STUCK;
     }
+    return result;
+  }
+
+  get reclaimable(): boolean {
+    return this.stuck > 0;
+  }
+
+  reclaim(): number {
+    let left = this.stuck;
+    let given = 0;
+    // The search ends with the last that is stuck: there are none but for a host that contradicts itself.
+    for (let node = 1; left > 0 && node < this.#allocator.nodesTouched; node++) {
+      if (!this.#allocator.isLive(node)) continue;
+      if (this.#mappings[(node << MAPPING_SHIFT) + MAPPING_STUCK] === 0) continue;
+      left--;
+      if (this.#unmapNode(node) === OK) given++;
+    }
+    return given;
   }
 
   /** Unmaps a live mapping and forgets it; it gets stuck, or stays it, when the backend does less than that. */
@@ -241,8 +294,9 @@ export class TranslatedDomain implements Domain {
 
   /** Takes back the first `runs` runs of a map that failed, `pages` pages. */
   #undo(handle: number, node: number, runs: RunList, mapped: number, pages: number): void {
-    for (let run = mapped; run < runs.count; run++)
-      this.#pins.remove(runs.ramPage[run]!, runs.runPages[run]!);
+    for (let run = mapped; run < runs.count; run++) {
+      this.#unpin(handle, runs.ramPage[run]!, runs.runPages[run]!);
+    }
     if (mapped === 0) {
       this.#allocator.free(node);
       return;
@@ -282,7 +336,7 @@ export class TranslatedDomain implements Domain {
     while (run !== 0) {
       const runAt = run << RUN_SHIFT;
       const next = words[runAt + RUN_NEXT]!;
-      this.#pins.remove(words[runAt + RUN_RAM_PAGE]!, words[runAt + RUN_PAGES]!);
+      this.#unpin(handle, words[runAt + RUN_RAM_PAGE]!, words[runAt + RUN_PAGES]!);
       pages += words[runAt + RUN_PAGES]!;
       words[runAt + RUN_NEXT] = this.#header[RUN_HEAD]!;
       this.#header[RUN_HEAD] = run;
@@ -292,6 +346,11 @@ export class TranslatedDomain implements Domain {
     this.#devicePages[handle]! -= pages;
     this.#devicePages[0]! -= pages;
     this.#allocator.free(node);
+  }
+
+  #unpin(handle: number, ramPage: number, pages: number): void {
+    this.#devicePins[handle]!.remove(ramPage, pages);
+    this.#pins.remove(ramPage, pages);
   }
 
   /** A run of the pool; there are as many as entries, and map looked before. */
@@ -310,8 +369,13 @@ export class TranslatedDomain implements Domain {
  * check and answer. Nothing is recorded per mapping, so unmap cannot tell a mapping from one that never was.
  */
 export class IdentityDomain implements Domain {
+  readonly releasedMappings = 0;
+  readonly releasedPages = 0;
+  readonly reclaimable = false;
+
   readonly #ram: GuestRam;
   readonly #pins: Pins;
+  readonly #devicePins: Pins;
   readonly #backend: DmaBackend;
   /** Runs that are mapped, in slot order. */
   readonly #header: Int32Array;
@@ -321,11 +385,12 @@ export class IdentityDomain implements Domain {
     return new SharedArrayBuffer(HEADER_WORDS * 4);
   }
 
-  /** This thread's view of the domain in `memory`. */
-  constructor(memory: SharedArrayBuffer, ram: GuestRam, pins: Pins, backend: DmaBackend) {
+  /** This thread's view of the domain in `memory`. `devicePins` is what all its devices have pinned, together. */
+  constructor(memory: SharedArrayBuffer, ram: GuestRam, pins: Pins, devicePins: Pins, backend: DmaBackend) {
     this.#header = new Int32Array(memory, 0, HEADER_WORDS);
     this.#ram = ram;
     this.#pins = pins;
+    this.#devicePins = devicePins;
     this.#backend = backend;
   }
 
@@ -343,12 +408,18 @@ export class IdentityDomain implements Domain {
   }
 
   /**
-   * Maps all RAM, readable and writable, one entry per slot. Returns what could not be mapped (EDQUOT: the quota),
-   * and then nothing is.
+   * Maps all RAM, readable and writable, one entry per slot. Returns what could not be mapped (EDQUOT: a quota), and
+   * then nothing is.
    */
   mapAll(): MapAllFailure | undefined {
     const runs = this.#all();
-    if (!this.#pins.add(runs)) return this.#failure(runs, runs.failedRun, ERRNO.EDQUOT);
+    if (!this.#devicePins.add(runs)) return this.#failure(runs, runs.failedRun, ERRNO.EDQUOT);
+    if (!this.#pins.add(runs)) {
+      for (let run = 0; run < runs.count; run++) {
+        this.#devicePins.remove(runs.ramPage[run]!, runs.runPages[run]!);
+      }
+      return this.#failure(runs, runs.failedRun, ERRNO.EDQUOT);
+    }
     for (let run = 0; run < runs.count; run++) {
       const bytes = runs.runPages[run]! * PAGE_BYTES;
       const errno = this.#backend.map(
@@ -358,9 +429,7 @@ export class IdentityDomain implements Domain {
         ACCESS,
       );
       if (errno !== 0) {
-        for (let rest = run; rest < runs.count; rest++) {
-          this.#pins.remove(runs.ramPage[rest]!, runs.runPages[rest]!);
-        }
+        for (let rest = run; rest < runs.count; rest++) this.#unpin(runs, rest);
         this.unmapAll();
         return this.#failure(runs, run, errno);
       }
@@ -375,7 +444,7 @@ export class IdentityDomain implements Domain {
     for (let run = this.entriesUsed - 1; run >= 0; run--) {
       const bytes = runs.runPages[run]! * PAGE_BYTES;
       if (this.#backend.unmap(iova(this.#gpa(runs, run)), bytes) !== bytes) break;
-      this.#pins.remove(runs.ramPage[run]!, runs.runPages[run]!);
+      this.#unpin(runs, run);
       Atomics.sub(this.#header, RUNS_USED, 1);
     }
     return this.entriesUsed;
@@ -406,7 +475,18 @@ export class IdentityDomain implements Domain {
   }
 
   /** Nothing of this is a single device's. */
-  release(): void {}
+  release(): number {
+    return OK;
+  }
+
+  reclaim(): number {
+    return 0;
+  }
+
+  #unpin(runs: RunList, run: number): void {
+    this.#devicePins.remove(runs.ramPage[run]!, runs.runPages[run]!);
+    this.#pins.remove(runs.ramPage[run]!, runs.runPages[run]!);
+  }
 
   #all(): RunList {
     const runs = new RunList(1);

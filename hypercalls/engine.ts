@@ -5,6 +5,7 @@
 
 import {
   ABI_VERSION,
+  CALL_NAMES,
   DEVICE_FLAG,
   FEATURE,
   LIMITS,
@@ -17,20 +18,42 @@ import { MAX_EXACT, PAGE_BYTES, pagesTouched } from "./addresses.js";
 import type { BackendLimits, DmaBackend } from "./backend.js";
 import { type Domain, IdentityDomain, LOCK_WORD, type MapAllFailure, TranslatedDomain } from "./domain.js";
 import { GuestRam, type RamSlot, RunList } from "./guest-ram.js";
-import { IOVA_BITS } from "./iova.js";
+import { createInjection, INJECT, Injector } from "./injection.js";
+import { FIRST_IOVA, IOVA_BITS } from "./iova.js";
 import { Mutex } from "./lock.js";
 import { Pins } from "./pins.js";
-import { createLanes, readLanes, type Stat, StatsLane } from "./stats.js";
-import { ERRNO, INVALID_EINVAL, OK, status } from "./status.js";
+import { createLanes, EVENT, LaneReader, type Stat, StatsLane } from "./stats.js";
+import {
+  ERRNO,
+  GONE,
+  INVALID_EINVAL,
+  INVALID_HANDLE,
+  INVALID_NOT_RAM,
+  INVALID_STALE,
+  INVALID_TOO_LONG,
+  OK,
+  status,
+  statusClassOf,
+} from "./status.js";
+
+export type DomainKind = "translated" | "identity";
+
+/** The kind of domain that a policy needs; policies that there are so far. */
+export const DOMAIN_KINDS: Partial<Record<PolicyName, DomainKind>> = {
+  pinned: "identity",
+  strict: "translated",
+};
 
 /** One IOMMU domain. Identity domains are for the policies pinned and cached, translated ones for lazy and strict. */
 export interface DomainConfig {
-  readonly kind: "translated" | "identity";
+  readonly kind: DomainKind;
   readonly limits: BackendLimits;
 }
 
 /** An assigned device. Its handle is its place in the list, from 1. */
 export interface DeviceConfig {
+  /** What statistics call it: its address on the host. */
+  readonly name: string;
   /** As the guest numbers it: segment << 16 | bus << 8 | device << 3 | function. */
   readonly bdf: number;
   readonly policy: PolicyName;
@@ -38,6 +61,11 @@ export interface DeviceConfig {
   readonly domain: number;
   /** Bits of IOVA that the IOMMU translates for it. */
   readonly addressBits: number;
+  /**
+   * Most guest memory that may be pinned for it, in bytes; 0 for no quota. What several devices have pinned counts
+   * for each. Devices of an identity domain reach the same pages: the smallest of their quotas is every one's.
+   */
+  readonly quotaBytes: number;
 }
 
 /** Everything the engine is told, as plain data. */
@@ -45,8 +73,10 @@ export interface EngineConfig {
   readonly ram: readonly RamSlot[];
   readonly domains: readonly DomainConfig[];
   readonly devices: readonly DeviceConfig[];
-  /** Most guest memory that may be pinned, in bytes; 0 for no quota. */
+  /** Most guest memory that may be pinned, in bytes, each page counted once; 0 for no quota. */
   readonly quotaBytes: number;
+  /** What the host lets this process lock, in bytes (RLIMIT_MEMLOCK); 0 for no limit. The guest is told, no more. */
+  readonly lockableBytes: number;
   /** Threads that have an engine: the vCPUs' and the main thread. */
   readonly lanes: number;
 }
@@ -57,14 +87,13 @@ export interface EngineState {
   readonly domains: readonly SharedArrayBuffer[];
   readonly devices: SharedArrayBuffer;
   readonly pins: SharedArrayBuffer;
+  /** By handle - 1; the devices of an identity domain have one in common. */
+  readonly devicePins: readonly SharedArrayBuffer[];
   readonly lanes: SharedArrayBuffer;
+  readonly injection: SharedArrayBuffer;
 }
 
-const INVALID_HANDLE = status(STATUS.invalid, ERRNO.ENODEV);
-const INVALID_NOT_RAM = status(STATUS.invalid, ERRNO.EFAULT);
-const INVALID_TOO_LONG = status(STATUS.invalid, ERRNO.E2BIG);
-const INVALID_STALE = status(STATUS.invalid, ERRNO.ESTALE);
-const GONE = status(STATUS.gone, ERRNO.ENODEV);
+const LIMIT_EAGAIN = status(STATUS.limit, ERRNO.EAGAIN);
 
 const MAP_BYTES = LIMITS.mapPages * PAGE_BYTES;
 const MAP_FLAGS = MAP_FLAG.read | MAP_FLAG.write | MAP_FLAG.align;
@@ -77,11 +106,8 @@ const ENTRY_WORDS = LIMITS.entryBytes / 4;
 const ASSIGNED = 1;
 const DEVICE_GONE = 2;
 
-/** Policies that there are so far; lazy will be a translated domain, cached an identity one. */
-const DOMAIN_KINDS: Partial<Record<PolicyName, DomainConfig["kind"]>> = {
-  pinned: "identity",
-  strict: "translated",
-};
+/** Calls that are of a device, in the statistics. */
+const DEVICE_CALLS = CALL_NAMES.filter((call) => call !== "probe");
 
 /**
  * Makes the state that the engines of all threads share, with nothing mapped. Throws a RangeError for a
@@ -103,6 +129,8 @@ export function createEngineState(config: EngineConfig): EngineState {
       throw new RangeError(`the IOMMU does not map pages of 4 KiB (page sizes ${limits.pageSizeMask})`);
     }
   }
+  const names = new Set(config.devices.map((device) => device.name));
+  if (names.size < config.devices.length) throw new RangeError("two devices have the same name");
   const devices = new SharedArrayBuffer((config.devices.length + 1) * 4);
   new Int32Array(devices).fill(ASSIGNED);
   return {
@@ -112,17 +140,40 @@ export function createEngineState(config: EngineConfig): EngineState {
     ),
     devices,
     pins: new SharedArrayBuffer(Pins.bytes(ram.pages)),
-    lanes: createLanes(config.lanes),
+    devicePins: createDevicePins(config, Pins.bytes(ram.pages)),
+    lanes: createLanes(config.lanes, config.devices.length),
+    injection: createInjection(),
   };
+}
+
+function createDevicePins({ devices, domains }: EngineConfig, bytes: number): SharedArrayBuffer[] {
+  const memories: SharedArrayBuffer[] = [];
+  for (const { domain } of devices) {
+    const same = devices.findIndex((device) => device.domain === domain);
+    const shared = domains[domain]!.kind === "identity" ? memories[same] : undefined;
+    memories.push(shared ?? new SharedArrayBuffer(bytes));
+  }
+  return memories;
+}
+
+/** The smallest of the limits that there are; 0 without one. */
+function smallest(limits: readonly number[]): number {
+  const there = limits.filter((limit) => limit > 0);
+  return there.length === 0 ? 0 : Math.min(...there);
 }
 
 /**
  * One thread's engine over the shared state. The calls return a status and leave their results in `out`, in the
- * order in which abi.ts lists their OUT registers; `pages` is what the last call mapped or unmapped.
+ * order in which abi.ts lists their OUT registers.
  */
 export class Engine {
   readonly out = new Float64Array(5);
+  // Of the last call: the pages that it mapped or unmapped, its device (0: none that there is), and whether the status
+  // that it got is an injected failure.
   pages = 0;
+  handle = 0;
+  injected = false;
+  readonly injector: Injector;
   readonly lane: StatsLane;
   readonly ram: GuestRam;
   /** The IOVA ranges that all domains have in common, as a call page holds them: {u64 first, u64 last}. */
@@ -130,6 +181,8 @@ export class Engine {
 
   readonly #state: EngineState;
   readonly #pins: Pins;
+  /** By handle. */
+  readonly #devicePins: Pins[];
   readonly #domains: Domain[];
   readonly #locks: Mutex[];
   readonly #devices: Int32Array;
@@ -144,14 +197,28 @@ export class Engine {
   constructor(state: EngineState, backends: (domain: number) => DmaBackend, lane: number) {
     const { config } = state;
     this.#state = state;
-    this.lane = new StatsLane(state.lanes, lane);
+    this.lane = new StatsLane(state.lanes, lane, config.devices.length);
+    this.injector = new Injector(state.injection);
     this.ram = new GuestRam(config.ram);
-    this.#pins = new Pins(state.pins, config.quotaBytes);
+    this.#pins = new Pins(state.pins, config.quotaBytes, "own");
+    const devicePins = config.devices.map((device, index) => {
+      const sharing = config.devices.filter(({ domain }) => domain === device.domain);
+      const identity = config.domains[device.domain]!.kind === "identity";
+      const quota = identity ? smallest(sharing.map(({ quotaBytes }) => quotaBytes)) : device.quotaBytes;
+      return new Pins(state.devicePins[index]!, quota, "callers");
+    });
+    // Handle 0 is nobody's, and never looked at.
+    this.#devicePins = [this.#pins, ...devicePins];
     this.#domains = config.domains.map(({ kind, limits }, index) => {
       const memory = state.domains[index]!;
-      return kind === "translated"
-        ? new TranslatedDomain(memory, limits, this.ram, this.#pins, backends(index))
-        : new IdentityDomain(memory, this.ram, this.#pins, backends(index));
+      if (kind === "translated") {
+        return new TranslatedDomain(memory, limits, this.ram, this.#pins, this.#devicePins, backends(index));
+      }
+      const first = config.devices.findIndex(({ domain }) => domain === index);
+      // Without a device there is nothing to count for one.
+      const pins =
+        devicePins[first] ?? new Pins(new SharedArrayBuffer(Pins.bytes(this.ram.pages)), 0, "callers");
+      return new IdentityDomain(memory, this.ram, this.#pins, pins, backends(index));
     });
     this.#locks = state.domains.map(
       (memory) => new Mutex(new Int32Array(memory, 0, LOCK_WORD + 1), LOCK_WORD),
@@ -164,45 +231,65 @@ export class Engine {
       ...config.devices.map((device) => 2 ** Math.min(device.addressBits, IOVA_BITS) - 1),
     ]);
     const limits = config.domains.map((domain) => domain.limits);
-    this.rangeWords = wordsOfRanges(commonRanges(limits));
+    // A mask is enough for a guest when it covers some of these: they begin where addresses are handed out.
+    const first = config.domains.some(({ kind }) => kind === "translated") ? FIRST_IOVA : 0;
+    this.rangeWords = wordsOfRanges(commonRanges(first, limits));
     this.#pageSizeMask = limits.map((each) => each.pageSizeMask).reduce(and64, 2 ** 53 - PAGE_BYTES);
   }
 
   /** What the host offers; all of `out` but the number of ranges written, which is the caller's to do. */
   probe(): number {
-    this.pages = 0;
+    this.begin(0);
     this.out[0] = ABI_VERSION;
-    this.out[1] = FEATURE.list;
+    this.out[1] = FEATURE.list | FEATURE.release;
     this.out[2] = this.#pageSizeMask;
     this.out[3] = this.#state.config.quotaBytes;
     this.out[4] = 0;
     return OK;
   }
 
-  /** `bdf` as in DeviceConfig. `out`: handle (0 when it is not assigned), policy and flags, bits of IOVA. */
-  isAssigned(bdf: number): number {
+  /** A call begins, with this in its handle's register. */
+  begin(handle: number): void {
     this.pages = 0;
+    this.handle = handle >= 1 && handle <= this.#deviceCount ? handle | 0 : 0;
+    this.injected = false;
+    this.injector.sleptMs = 0;
+  }
+
+  /**
+   * `bdf` as in DeviceConfig. `out`: handle (0 when it is not assigned), policy and flags, bits of IOVA, entries of its
+   * domain, most bytes that can be pinned for it.
+   */
+  isAssigned(bdf: number): number {
+    this.begin(0);
     this.out.fill(0);
-    const { devices, domains } = this.#state.config;
+    const { devices, domains, quotaBytes, lockableBytes } = this.#state.config;
     const index = devices.findIndex((device) => device.bdf === bdf);
     const device = devices[index];
     if (device === undefined) return OK;
+    this.handle = index + 1;
     if (Atomics.load(this.#devices, index + 1) !== ASSIGNED) return GONE;
-    const identity = domains[device.domain]!.kind === "identity" ? DEVICE_FLAG.identity : 0;
+    const injected = this.#inject(INJECT.isAssigned, 0);
+    if (injected !== OK) return injected;
+    const { kind, limits } = domains[device.domain]!;
     this.out[0] = index + 1;
-    this.out[1] = POLICY[device.policy] | identity;
+    this.out[1] = POLICY[device.policy] | (kind === "identity" ? DEVICE_FLAG.identity : 0);
     this.out[2] = device.addressBits;
+    this.out[3] = limits.entries;
+    this.out[4] = smallest([device.quotaBytes, quotaBytes, lockableBytes]);
     return OK;
   }
 
   /** Maps the pages that `bytes` bytes at `gpa` touch. `out`: IOVA of the first byte. */
   map(handle: number, gpa: number, bytes: number, lastIova: number, flags: number): number {
-    this.pages = 0;
+    this.begin(handle);
     const runs = this.#runs;
     runs.clear();
-    let result = this.#checkMap(handle, flags);
+    let result = this.#checkMap(flags);
     if (result !== OK) return result;
     result = this.#append(gpa, bytes, 0);
+    if (result !== OK) return result;
+    result = this.#inject(INJECT.map, bytes);
     if (result !== OK) return result;
     result = this.#mapRuns(handle, lastIova, flags);
     if (result !== OK) return result;
@@ -212,7 +299,7 @@ export class Engine {
 
   /** Unmaps what one map or mapList mapped. `out`: bytes unmapped. */
   unmap(handle: number, iova: number, bytes: number): number {
-    this.pages = 0;
+    this.begin(handle);
     const result = this.#unmap(handle, iova, bytes);
     this.out[0] = this.pages * PAGE_BYTES;
     return result;
@@ -223,20 +310,25 @@ export class Engine {
    * guest cannot change meanwhile. `out`: IOVA of the range's first page, entries done.
    */
   mapList(handle: number, entries: Uint32Array, count: number, lastIova: number, flags: number): number {
-    this.pages = 0;
+    this.begin(handle);
     this.out[1] = 0;
     const runs = this.#runs;
     runs.clear();
-    let result = this.#checkMap(handle, flags);
+    let result = this.#checkMap(flags);
     if (result !== OK) return result;
+    let allBytes = 0;
     for (let entry = 0; entry < count; entry++) {
       const at = entry * ENTRY_WORDS;
-      result = this.#append(word64(entries, at), word64(entries, at + 2), entry);
+      const bytes = word64(entries, at + 2);
+      result = this.#append(word64(entries, at), bytes, entry);
       if (result !== OK) {
         this.out[1] = entry;
         return result;
       }
+      allBytes += bytes;
     }
+    result = this.#inject(INJECT.map, allBytes);
+    if (result !== OK) return result;
     result = this.#mapRuns(handle, lastIova, flags);
     if (result !== OK) {
       this.out[1] = runs.entry[runs.failedRun]!;
@@ -252,7 +344,7 @@ export class Engine {
    * unmapped, entries done; both hold with every status.
    */
   unmapList(handle: number, entries: Uint32Array, count: number): number {
-    this.pages = 0;
+    this.begin(handle);
     let result: number = OK;
     let entry = 0;
     for (; entry < count; entry++) {
@@ -277,24 +369,35 @@ export class Engine {
     return undefined;
   }
 
-  /** Unmaps everything of a device in its translated domain. Returns the mappings in the domain that are stuck. */
-  releaseDevice(handle: number): number {
-    return this.#release(this.#domainOf[handle]!, handle);
+  /** Takes back every mapping of a device; the guest asks. `out`: mappings, bytes. */
+  release(handle: number): number {
+    this.begin(handle);
+    const result = this.#checkHandle();
+    return result === OK ? this.#release(handle) : result;
   }
 
   /**
    * The device is no longer there: calls for it are answered `gone`, and nothing of it stays mapped. In an identity
-   * domain it goes on reaching memory until the VMM takes it out of the domain. Returns as releaseDevice.
+   * domain it goes on reaching memory until the VMM takes it out of the domain; with the domain's last device all is
+   * unmapped. Returns the mappings of its domain that are stuck.
    */
   removeDevice(handle: number): number {
+    this.begin(handle);
     // A map looks at this word while it holds the domain's lock: it came before the release, or it is refused.
     Atomics.store(this.#devices, handle, DEVICE_GONE);
-    return this.releaseDevice(handle);
+    this.#release(handle);
+    const index = this.#domainOf[handle]!;
+    const domain = this.#domains[index]!;
+    const inUse = (at: number) =>
+      this.#domainOf[at] === index && Atomics.load(this.#devices, at) === ASSIGNED;
+    for (let other = 1; other <= this.#deviceCount; other++) if (inUse(other)) return domain.stuck;
+    return domain instanceof IdentityDomain ? domain.unmapAll() : domain.stuck;
   }
 
   /** The guest starts anew: everything in translated domains is unmapped. Returns the mappings that are stuck. */
   reset(): number {
-    return this.#domains.reduce((stuck, _, index) => stuck + this.#release(index, 0), 0);
+    for (let handle = 1; handle <= this.#deviceCount; handle++) this.#release(handle);
+    return this.#domains.reduce((stuck, domain) => stuck + domain.stuck, 0);
   }
 
   /** The end: reset, and identity domains are unmapped. Returns the mappings that are stuck. */
@@ -318,36 +421,62 @@ export class Engine {
     return this.#pins.pinnedPages * PAGE_BYTES;
   }
 
+  /** Counts an IOMMU fault: an access of the device outside its mappings; handle 0 when it is not known whose. */
+  countFault(handle: number): void {
+    this.lane.count(EVENT.faults, handle, 1);
+  }
+
   /** Every counter and gauge, of all threads, in a fixed order. */
   stats(): Stat[] {
-    const counters = readLanes(this.#state.lanes);
-    const limitHits = counters.find(([name]) => name === "hypercalls/status/limit")![1];
+    const { lanes, config } = this.#state;
+    const reader = new LaneReader(lanes, config.devices.length);
     const sum = (of: (domain: Domain) => number) =>
       this.#domains.reduce((all, domain) => all + of(domain), 0);
     return [
-      ...counters,
-      ["dma/pinned_bytes", this.pinnedBytes],
-      ["dma/peak_pinned_bytes", this.#pins.peakPages * PAGE_BYTES],
-      ["dma/mapped_bytes", this.mappedBytes(0)],
-      ["dma/quota_bytes", this.#state.config.quotaBytes],
-      ["dma/limit_hits", limitHits],
+      // The names that these have had since 2008, where users look for them.
+      ["hypercall_map", reader.call("map", "calls") + reader.call("map_list", "calls")],
+      ["hypercall_unmap", reader.call("unmap", "calls") + reader.call("unmap_list", "calls")],
+      ["hypercall_pv_dev", reader.call("is_assigned", "calls")],
+      ...reader.calls(CALL_NAMES),
+      ...reader.answers(),
+      ...this.#dmaStats(reader, this.#pins, config.quotaBytes),
+      ["dma/delayed", reader.event(EVENT.delayed)],
       ["dma/entries", sum((domain) => domain.entriesUsed)],
       ["dma/stuck_mappings", sum((domain) => domain.stuck)],
-      ...this.#state.config.devices.map(
-        (_, index): Stat => [`devices/${index + 1}/mapped_bytes`, this.mappedBytes(index + 1)],
-      ),
+      ...config.devices.flatMap(({ name, quotaBytes }, index) => {
+        const handle = index + 1;
+        return [
+          ...reader.calls(DEVICE_CALLS, handle),
+          ...this.#dmaStats(reader, this.#devicePins[handle]!, quotaBytes, handle),
+        ].map(([path, value]): Stat => [`devices/${name}/${path}`, value]);
+      }),
     ];
   }
 
-  #checkHandle(handle: number): number {
-    if (!(handle >= 1 && handle <= this.#deviceCount)) return INVALID_HANDLE;
-    return Atomics.load(this.#devices, handle) === ASSIGNED ? OK : GONE;
+  /** The numbers that there are for each device, and over all without a handle. */
+  #dmaStats(reader: LaneReader, pins: Pins, quotaBytes: number, handle?: number): Stat[] {
+    return [
+      ["dma/pinned_bytes", pins.pinnedPages * PAGE_BYTES],
+      ["dma/peak_pinned_bytes", pins.peakPages * PAGE_BYTES],
+      ["dma/mapped_bytes", this.mappedBytes(handle ?? 0)],
+      ["dma/quota_bytes", quotaBytes],
+      ["dma/limit_hits", reader.event(EVENT.limitHits, handle)],
+      ["dma/injected", reader.event(EVENT.injected, handle)],
+      ["dma/faults", reader.event(EVENT.faults, handle)],
+      ["dma/released_mappings", reader.event(EVENT.releasedMappings, handle)],
+    ];
   }
 
-  #checkMap(handle: number, flags: number): number {
+  /** Of the call's handle. */
+  #checkHandle(): number {
+    if (this.handle === 0) return INVALID_HANDLE;
+    return Atomics.load(this.#devices, this.handle) === ASSIGNED ? OK : GONE;
+  }
+
+  #checkMap(flags: number): number {
     // The comparison first: `&` would see only the low 32 bits.
     if (flags > MAP_FLAGS || (flags & ACCESS) === 0) return INVALID_EINVAL;
-    return this.#checkHandle(handle);
+    return this.#checkHandle();
   }
 
   /** Checks a range of guest memory and appends the pages it touches to the runs. */
@@ -366,25 +495,66 @@ export class Engine {
     const reach = this.#lastIovaOf[handle]!;
     // The last page that lies wholly below the limit.
     const lastPage = Math.floor((Math.min(lastIova, reach) + 1) / PAGE_BYTES) - 1;
+    let result = this.#tryMap(handle, lastPage, flags);
+    // One more try where it can end otherwise: something was given back, or the host itself says "again".
+    if (statusClassOf(result) === STATUS.limit && (this.#reclaim() > 0 || result === LIMIT_EAGAIN)) {
+      result = this.#tryMap(handle, lastPage, flags);
+    }
+    if (result === OK) this.pages = this.#runs.pages;
+    return result;
+  }
+
+  #tryMap(handle: number, lastPage: number, flags: number): number {
     const index = this.#domainOf[handle]!;
     const lock = this.#locks[index]!;
     lock.acquire();
     try {
       if (Atomics.load(this.#devices, handle) !== ASSIGNED) return GONE;
-      const result = this.#domains[index]!.map(handle, this.#runs, lastPage, flags);
-      if (result === OK) this.pages = this.#runs.pages;
-      return result;
+      return this.#domains[index]!.map(handle, this.#runs, lastPage, flags);
     } finally {
       lock.release();
     }
   }
 
+  /**
+   * Gives back what can be, in all domains: quota and locked memory are common to them. One domain's lock at a time,
+   * and none is held by the caller. Returns the mappings that went.
+   */
+  #reclaim(): number {
+    let given = 0;
+    for (let index = 0; index < this.#domains.length; index++) {
+      const domain = this.#domains[index]!;
+      if (!domain.reclaimable) continue;
+      const lock = this.#locks[index]!;
+      lock.acquire();
+      try {
+        given += domain.reclaim();
+      } finally {
+        lock.release();
+      }
+    }
+    return given;
+  }
+
+  /** Lets the rules decide about a call of `this.handle`; holds no lock. Returns the status of a failure, or ok. */
+  #inject(kind: number, bytes: number): number {
+    const { injector } = this;
+    const slept = injector.sleptMs;
+    const errno = injector.decide(kind, this.handle, bytes);
+    if (injector.sleptMs > slept) this.lane.count(EVENT.delayed, this.handle, 1);
+    if (errno === 0) return OK;
+    this.injected = true;
+    return status(errno === ERRNO.EAGAIN ? STATUS.retry : STATUS.limit, errno);
+  }
+
   #unmap(handle: number, iova: number, bytes: number): number {
-    const result = this.#checkHandle(handle);
+    const result = this.#checkHandle();
     if (result !== OK) return result;
     if (bytes < 1) return INVALID_EINVAL;
     if (bytes > MAP_BYTES) return INVALID_TOO_LONG;
     if (iova >= IOVA_END) return INVALID_STALE;
+    const injected = this.#inject(INJECT.unmap, bytes);
+    if (injected !== OK) return injected;
     const pages = pagesTouched(iova, bytes);
     const index = this.#domainOf[handle]!;
     const lock = this.#locks[index]!;
@@ -398,12 +568,19 @@ export class Engine {
     }
   }
 
-  #release(index: number, handle: number): number {
+  /** Takes back what a device has mapped, counts it, and leaves mappings and bytes in `out`. */
+  #release(handle: number): number {
+    const index = this.#domainOf[handle]!;
     const lock = this.#locks[index]!;
+    const domain = this.#domains[index]!;
     lock.acquire();
     try {
-      this.#domains[index]!.release(handle);
-      return this.#domains[index]!.stuck;
+      const result = domain.release(handle);
+      this.pages = domain.releasedPages;
+      this.lane.count(EVENT.releasedMappings, handle, domain.releasedMappings);
+      this.out[0] = domain.releasedMappings;
+      this.out[1] = domain.releasedPages * PAGE_BYTES;
+      return result;
     } finally {
       lock.release();
     }
@@ -421,9 +598,9 @@ function and64(a: number, b: number): number {
   return (high >>> 0) * 2 ** 32 + ((a & b) >>> 0);
 }
 
-/** What every domain has of the IOVAs that the engine uses, below 2^44. */
-function commonRanges(limits: readonly BackendLimits[]): BackendLimits["ranges"] {
-  let common: BackendLimits["ranges"] = [{ first: 0, last: IOVA_END - 1 }];
+/** What every domain has of the IOVAs that the engine uses, from `first` to 2^44. */
+function commonRanges(first: number, limits: readonly BackendLimits[]): BackendLimits["ranges"] {
+  let common: BackendLimits["ranges"] = [{ first, last: IOVA_END - 1 }];
   for (const { ranges } of limits) {
     common = common.flatMap((a) =>
       ranges.flatMap((b) => {

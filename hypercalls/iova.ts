@@ -21,8 +21,9 @@ import type { BackendLimits } from "./backend.js";
 /** IOVAs are below 2^44, so that a page number is a 32-bit integer. */
 export const IOVA_BITS = 44;
 const PAGE_LIMIT = 2 ** (IOVA_BITS - PAGE_SHIFT);
-/** No IOVA below 1 MiB. */
-const FIRST_PAGE = 2 ** (20 - PAGE_SHIFT);
+/** The lowest IOVA that is handed out. */
+export const FIRST_IOVA = 2 ** 20;
+const FIRST_PAGE = FIRST_IOVA / 2 ** PAGE_SHIFT;
 
 /** Where zones end, as bits of IOVA: ISA's 24, QEMU edu's 28, 30 to 32 of old PCI devices, then steps. */
 const ZONE_BITS = [24, 28, 30, 31, 32, 36, 40, IOVA_BITS];

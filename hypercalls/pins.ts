@@ -1,5 +1,6 @@
-// How often each page of guest RAM is pinned, over all domains, and the quota on it. Shared memory and a lock of
-// its own, taken inside a domain's lock and never the other way round. Touches no guest memory.
+// How often each page of guest RAM is pinned, and the quota on it: for all domains together, and for each device.
+// Shared memory. Order of locks: a domain's, then the one here; nobody who holds this one takes another. Touches no
+// guest memory.
 
 import { PAGE_BYTES } from "./addresses.js";
 import type { RunList } from "./guest-ram.js";
@@ -18,7 +19,7 @@ const COUNTS = 4;
  */
 export class Pins {
   readonly #words: Int32Array;
-  readonly #lock: Mutex;
+  readonly #lock: Mutex | undefined;
   readonly #quotaPages: number;
 
   /** Bytes of shared memory for that many pages of RAM: 4 per page, not touched until the page is pinned. */
@@ -26,10 +27,13 @@ export class Pins {
     return (COUNTS + ramPages) * 4;
   }
 
-  /** `quotaBytes`: most bytes that may be pinned at a time, 0 for no quota. */
-  constructor(memory: SharedArrayBuffer, quotaBytes: number) {
+  /**
+   * `quotaBytes`: most bytes that may be pinned at a time, 0 for no quota. `lock`: "own" for counts that several
+   * domains share; "callers" for those of one device, which only whoever holds its domain's lock changes.
+   */
+  constructor(memory: SharedArrayBuffer, quotaBytes: number, lock: "own" | "callers") {
     this.#words = new Int32Array(memory);
-    this.#lock = new Mutex(this.#words, LOCK);
+    this.#lock = lock === "own" ? new Mutex(this.#words, LOCK) : undefined;
     this.#quotaPages = quotaBytes === 0 ? Number.POSITIVE_INFINITY : Math.floor(quotaBytes / PAGE_BYTES);
   }
 
@@ -50,7 +54,7 @@ export class Pins {
 
   /** Counts every page of the list once more; false if that would break the quota, and then nothing is changed. */
   add(runs: RunList): boolean {
-    this.#lock.acquire();
+    this.#lock?.acquire();
     try {
       for (let run = 0; run < runs.count; run++) {
         const counted = this.#addRun(runs.ramPage[run]!, runs.runPages[run]!);
@@ -63,17 +67,17 @@ export class Pins {
       if (this.#words[PINNED]! > this.#words[PEAK]!) this.#words[PEAK] = this.#words[PINNED]!;
       return true;
     } finally {
-      this.#lock.release();
+      this.#lock?.release();
     }
   }
 
   /** Counts `pages` pages from `ramPage` once less. They were counted before. */
   remove(ramPage: number, pages: number): void {
-    this.#lock.acquire();
+    this.#lock?.acquire();
     try {
       this.#removeRun(ramPage, pages);
     } finally {
-      this.#lock.release();
+      this.#lock?.release();
     }
   }
 

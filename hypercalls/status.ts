@@ -31,7 +31,22 @@ export const status = (statusClass: number, errno: number): number => statusClas
 export const statusClassOf = (word: number): number => word & 0xff;
 export const statusErrnoOf = (word: number): number => word >>> 8;
 
+/** The guest's mistakes, and how each is named. */
 export const INVALID_EINVAL = status(STATUS.invalid, ERRNO.EINVAL);
+/** A caller outside the guest's kernel. */
+export const INVALID_CPL = status(STATUS.invalid, ERRNO.EPERM);
+export const INVALID_CALL = status(STATUS.invalid, ERRNO.ENOSYS);
+/** A handle that no device has. */
+export const INVALID_HANDLE = status(STATUS.invalid, ERRNO.ENODEV);
+/** More bytes, or more entries, than a call takes. */
+export const INVALID_TOO_LONG = status(STATUS.invalid, ERRNO.E2BIG);
+export const INVALID_NOT_RAM = status(STATUS.invalid, ERRNO.EFAULT);
+/** Nothing of this device is mapped there. */
+export const INVALID_STALE = status(STATUS.invalid, ERRNO.ESTALE);
+/** An identity domain cannot place it where the device or the caller needs it. */
+export const INVALID_PLACE = status(STATUS.invalid, ERRNO.ERANGE);
+/** The device is no longer there. */
+export const GONE = status(STATUS.gone, ERRNO.ENODEV);
 
 /**
  * The class of an errno with which the host refused to map or unmap what the engine asked for. The engine checked

@@ -256,6 +256,15 @@ export class Vm {
 
   /** Tells KVM of a VFIO group, so that it keeps CPU caches and the device coherent. Before its device is opened. */
   addVfioGroup(groupFd: number): void {
+    this.setVfioGroup("KVM_DEV_VFIO_GROUP_ADD", groupFd);
+  }
+
+  /** KVM lets go of a group's file, which it holds open. After its devices are closed. */
+  removeVfioGroup(groupFd: number): void {
+    this.setVfioGroup("KVM_DEV_VFIO_GROUP_DEL", groupFd);
+  }
+
+  private setVfioGroup(what: "KVM_DEV_VFIO_GROUP_ADD" | "KVM_DEV_VFIO_GROUP_DEL", groupFd: number): void {
     if (this.vfioDevice < 0) {
       const layout = STRUCT.kvm_create_device;
       const struct = newStruct(layout);
@@ -268,9 +277,9 @@ export class Vm {
     const struct = newStruct(layout, 4);
     struct.setInt32(layout.size, groupFd, true);
     struct.setUint32(layout.group, CONSTANT.KVM_DEV_VFIO_GROUP, true);
-    setU64(struct, layout.attr, CONSTANT.KVM_DEV_VFIO_GROUP_ADD);
+    setU64(struct, layout.attr, CONSTANT[what]);
     setU64(struct, layout.addr, addressOf(struct) + layout.size);
-    check("KVM_DEV_VFIO_GROUP_ADD", ioctlStruct(this.vfioDevice, IOCTL.KVM_SET_DEVICE_ATTR, struct));
+    check(what, ioctlStruct(this.vfioDevice, IOCTL.KVM_SET_DEVICE_ATTR, struct));
   }
 
   createVcpu(id: number): number {

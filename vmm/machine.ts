@@ -39,6 +39,8 @@ import { setBootRegisters, setCpuid, setLocalApicPins, setMsrs } from "./vcpu-st
 /** Why the machine stopped. */
 export type Outcome =
   | { readonly kind: "power-off" | "reset" | "left" }
+  /** This vCPU could not go on, `ranMs` after its start: a CPU then shuts down, and a machine resets. */
+  | { readonly kind: "triple-fault"; readonly vcpu: number; readonly ranMs: number }
   | { readonly kind: "signal"; readonly signal: NodeJS.Signals };
 
 /** Sent to a vCPU's thread to bring it out of KVM_RUN. run-guest.ts installs a handler that does nothing. */
@@ -57,6 +59,8 @@ export interface MachineConfig {
   readonly registers: BootRegisters;
   /** The guest wrote to the serial port. */
   readonly onSerialOutput: () => void;
+  /** The vCPUs are to stop: whatever a hypercall waits for is not to be waited for. Called again until they have. */
+  readonly onStop: () => void;
 }
 
 interface RunningVcpu {
@@ -64,7 +68,8 @@ interface RunningVcpu {
   readonly runAddress: Hva;
   readonly runBytes: number;
   readonly control: SharedArrayBuffer;
-  readonly ended: Promise<VcpuEnd>;
+  readonly worker: Worker;
+  readonly ended: Promise<void>;
 }
 
 export class Machine implements PciMachine {
@@ -76,7 +81,7 @@ export class Machine implements PciMachine {
   private readonly vcpuFds: number[] = [];
   private readonly vcpus: RunningVcpu[] = [];
   private readonly end: Promise<Outcome | Error>;
-  /** A vCPU's thread was ended by force (out of memory, say) and may have left a lock held. */
+  /** A vCPU's thread ended without its last word (out of memory, say) and may have left a lock held. */
   threadLost = false;
   private settle: (outcome: Outcome | Error) => void = () => undefined;
 
@@ -142,7 +147,7 @@ export class Machine implements PciMachine {
       if (outcome instanceof Error) throw outcome;
       return outcome;
     } finally {
-      await this.stopVcpus();
+      await this.stopVcpus(config.onStop);
     }
   }
 
@@ -191,34 +196,34 @@ export class Machine implements PciMachine {
     // Mapped until the Worker has ended; kick() is the only other user.
     const run = new RunArea(runAddress, runBytes);
     const worker = new Worker(new URL("./vcpu.js", import.meta.url), { workerData: job });
-    const ended = new Promise<VcpuEnd>((resolve) => {
-      let end: VcpuEnd = { kind: "failed", why: "its thread ended without a word" };
+    const ended = new Promise<void>((resolve) => {
+      let lastWord = false;
+      let why = "its thread ended without a word";
       worker.on("message", (message: VcpuMessage) => {
         if (message === RING_SLOW_EXIT) this.serveSlowExit(slowExits);
         else if (message === RING_SERIAL) config.onSerialOutput();
         else {
-          end = message;
-          this.vcpuEnded(index, end);
+          lastWord = true;
+          this.vcpuEnded(index, message);
         }
       });
       worker.on("error", (error) => {
-        this.threadLost = true;
-        end = { kind: "failed", why: error.message };
-        this.vcpuEnded(index, end);
+        why = error.message;
       });
       worker.on("exit", () => {
-        this.vcpuEnded(index, end);
-        resolve(end);
+        if (!lastWord) {
+          this.threadLost = true;
+          this.vcpuEnded(index, { kind: "failed", why });
+        }
+        resolve();
       });
     });
-    return { run, runAddress, runBytes, control, ended };
+    return { run, runAddress, runBytes, control, worker, ended };
   }
 
   private vcpuEnded(index: number, end: VcpuEnd): void {
-    if (end.kind === "triple-fault") {
-      const why = "it cannot go on, and may have said why on its console";
-      this.stop(new VmmError(`guest: triple fault on vCPU ${index}: ${why}`));
-    } else if (end.kind === "failed") this.stop(new VmmError(`vCPU ${index}: ${end.why}`));
+    if (end.kind === "triple-fault") this.stop({ kind: "triple-fault", vcpu: index, ranMs: end.ranMs });
+    else if (end.kind === "failed") this.stop(new VmmError(`vCPU ${index}: ${end.why}`));
   }
 
   private serveSlowExit(lane: SharedArrayBuffer): void {
@@ -234,8 +239,9 @@ export class Machine implements PciMachine {
     }
   }
 
-  /** Brings every vCPU out of the guest and its thread to an end. */
-  private async stopVcpus(): Promise<void> {
+  /** Brings every vCPU out of the guest and its thread to an end, whatever the vCPU does. */
+  private async stopVcpus(onStop: () => void): Promise<void> {
+    let byForce = false;
     const kick = () => {
       for (const { control, run } of this.vcpus) {
         const words = controlWords(control);
@@ -245,6 +251,12 @@ export class Machine implements PciMachine {
         if (tid !== 0) signalThread(tid, KICK_SIGNAL_NUMBER);
       }
       this.serial.dropIfFull();
+      onStop();
+      if (this.threadLost && !byForce) {
+        // Who waits for a lock that the lost thread held waits for ever, and looks at no word.
+        byForce = true;
+        for (const { worker } of this.vcpus) void worker.terminate();
+      }
     };
     kick();
     const again = setInterval(kick, KICK_PERIOD_MS);

@@ -2,16 +2,23 @@
 // The command: reads the command line, runs the guest, turns whatever goes wrong into one line and an exit status.
 
 import { readFileSync } from "node:fs";
+import { tell } from "./control.js";
 import { errorMessage, isExpected, UsageError } from "./errors.js";
-import { HELP, parseCommandLine } from "./options.js";
+import { type Command, HELP, type Options, parseCommandLine } from "./options.js";
 import { type GuestEnd, runGuest } from "./run-guest.js";
 
 /** Runs the command with the arguments after its name. */
 async function main(args: readonly string[]): Promise<GuestEnd> {
   const command = parseCommandLine(args);
   if ("run" in command) return runGuest(command.run);
-  process.stdout.write(command.print === "help" ? HELP : `vmm ${version()}\n`);
+  process.stdout.write(await textOf(command));
   return { status: 0, atOnce: false };
+}
+
+/** What the commands that run no guest print. */
+async function textOf(command: Exclude<Command, { run: Options }>): Promise<string> {
+  if ("tell" in command) return tell(command.tell.directory, command.tell.line);
+  return command.print === "help" ? HELP : `vmm ${version()}\n`;
 }
 
 function version(): string {

@@ -2,21 +2,27 @@
 
 import { parseArgs } from "node:util";
 import { z } from "zod";
+import { PAGE_BYTES } from "../hypercalls/addresses.js";
+import { INJECTION_RULES_MAX } from "../hypercalls/injection.js";
 import { CPUS_MAX } from "./boot/acpi.js";
 import { UsageError } from "./errors.js";
+import { handleOf, type InjectSpec, parseInjectSpec } from "./inject-spec.js";
+import { checked, checkedPairs, size, sizeText, wholeNumber } from "./schemas.js";
+import { type Bdf, parseBdf } from "./vfio/sysfs.js";
 
 /** Policies that are built; the contract names two more (hypercalls/abi.ts). */
 const POLICIES = ["strict", "pinned"] as const;
 export type DmaPolicy = (typeof POLICIES)[number];
 
 export interface Assignment {
-  /** As written; vfio/sysfs.ts parses it. */
-  readonly bdf: string;
+  readonly bdf: Bdf;
   /** Device number on the guest's bus 0. */
   readonly guestSlot?: number;
   readonly policy: DmaPolicy;
   /** The device shares no IOVAs with the others. */
   readonly ownDomain: boolean;
+  /** Most guest memory that may be pinned for it, in bytes; 0: no limit of its own. */
+  readonly limitBytes: number;
 }
 
 export interface Options {
@@ -27,6 +33,9 @@ export interface Options {
   readonly cpus: number;
   readonly memoryBytes: number;
   readonly assignments: readonly Assignment[];
+  /** Most guest memory that may be pinned for all devices, in bytes; 0: no limit. */
+  readonly limitBytes: number;
+  readonly injections: readonly InjectSpec[];
   readonly stats: boolean;
   readonly statsDir?: string;
   readonly reboot: boolean;
@@ -49,7 +58,7 @@ The guest:
   --kernel FILE        kernel (bzImage), instead of the one in IMAGE
   --initrd FILE        initial RAM disk, instead of the one in IMAGE
   --cmdline TEXT       kernel command line, instead of the one in IMAGE
-  --no-reboot          end when the guest reboots, instead of starting it again
+  --no-reboot          end when the guest reboots (exit status 0) or triple-faults (1), instead of starting it again
 
 Devices:
   --assign BDF[,KEY=VALUE…]
@@ -63,46 +72,59 @@ Devices:
                                   the guest needs the module pvdma.ko, without it devices reach nothing
                          pinned   all of guest RAM, pinned at start, as other VMMs do; the guest needs no module
 
-Figures:
+  --dma-limit SIZE[,BDF]
+                       most guest memory that may be pinned for DMA at a time, for the whole VM or for one assigned
+                       device; repeatable. A multiple of 4K; a plain number is bytes. A map that does not fit is
+                       refused, and the guest's driver is told so: it waits until others are unmapped.
+
+Failures on demand, for testing how drivers take them:
+  --inject CALL[,KEY=VALUE…]
+                       make calls of the guest's drivers fail or take long; repeatable, up to ${INJECTION_RULES_MAX} rules, and
+                       changeable while the guest runs (see --tell). CALL is map (pages and lists), unmap or
+                       is-assigned (which a driver's device asks once, before its driver begins). Which calls:
+                         device=BDF   those of this assigned device of the host (default: of every device)
+                         above=SIZE   those of more bytes than this; a plain number is bytes
+                         skip=N       not the first N of them
+                       and of these, one of
+                         every=N      every Nth (default: 1, all of them)
+                         p=F          each with probability F, such as 0.01; seed=N chooses which, and the same
+                                      seed the same ones
+                         next=N       the next N
+                         for=MS       those of the next MS milliseconds
+                       whereupon
+                         burst=N      the calls that follow share its fate, N in all (default 1)
+                         errno=E      it fails as if the host had said ENOSPC (default), ENOMEM or EAGAIN
+                         delay=MS     it is done, but takes MS milliseconds longer; up to 10000
+                       What is injected is counted apart from real failures: see "injected" in the figures.
+
+Figures, and a running guest:
   --stats              print all counters at the end, one "name value" a line on standard error
   --stats-dir DIR      keep them as files of one number each in DIR while the guest runs
                        (default: pvdma/PID in $XDG_RUNTIME_DIR or /run, gone when the guest ends)
+  --tell DIR COMMAND…  tell the VMM whose statistics directory is DIR, through the socket "control" in it, and print
+                       its answer. Commands:
+                         inject CALL[,KEY=VALUE…]   add a rule, as --inject does
+                         inject                     list the rules: how many calls each saw, how many it struck
+                         uninject N|all             remove a rule
+                         help
 
   --help, --version
 
 Exit status: 0 the guest powered off or was left with Ctrl-A X; 1 something failed; 2 the command line is wrong.
 
-Example:
+Examples:
   modprobe vfio-pci
   echo vfio-pci > /sys/bus/pci/devices/0000:02:00.0/driver_override
   echo 0000:02:00.0 > /sys/bus/pci/drivers/nvme/unbind
   echo 0000:02:00.0 > /sys/bus/pci/drivers_probe
   vmm --assign 0000:02:00.0 guest.img
+
+  Every fifth map of that guest fails from now on, after ten seconds none any more:
+  vmm --tell /run/pvdma/4711 inject map,every=5,errno=ENOMEM
+  sleep 10
+  vmm --tell /run/pvdma/4711 inject          # rule 1: map,every=5,errno=ENOMEM (matched 5210, struck 1042)
+  vmm --tell /run/pvdma/4711 uninject all
 `;
-
-const UNITS: Readonly<Record<string, number>> = {
-  K: 2 ** 10,
-  M: 2 ** 20,
-  G: 2 ** 30,
-  T: 2 ** 40,
-  "": 2 ** 20,
-};
-
-const size = z.string().transform((text, context) => {
-  const match = /^(\d+)([KMGT]?)(?:i?B)?$/i.exec(text);
-  if (match === null) {
-    context.addIssue("not a size; give a number with K, M, G or T, such as 512M");
-    return z.NEVER;
-  }
-  return Number(match[1]) * UNITS[match[2]!.toUpperCase()]!;
-});
-
-const wholeNumber = (first: number, last: number) =>
-  z
-    .string()
-    .regex(/^\d+$/, `not a whole number from ${first} to ${last}`)
-    .transform(Number)
-    .refine((value) => value >= first && value <= last, `not a whole number from ${first} to ${last}`);
 
 const policy = z.enum(POLICIES, { error: `not a policy; there are ${POLICIES.join(" and ")}` });
 
@@ -112,7 +134,7 @@ const assignmentKeys = z.strictObject({
   domain: z.literal("own", { error: "the only value is own" }).optional(),
 });
 
-const memory = size
+const memory = size(2 ** 20)
   .refine(
     (bytes) => bytes >= MIN_MEMORY_BYTES,
     `too small; a guest needs at least ${MIN_MEMORY_BYTES / 2 ** 20}M`,
@@ -120,37 +142,85 @@ const memory = size
   .refine((bytes) => bytes % 2 ** 20 === 0, "not a whole number of MiB")
   .refine((bytes) => bytes < 2 ** 43, "too large; it has to be less than 8T");
 
-/** Checks `text` and names the option in the error. */
-function checked<T>(schema: z.ZodType<T>, option: string, text: unknown, shown: string): T {
-  const result = schema.safeParse(text);
-  if (result.success) return result.data;
-  const issue = result.error.issues[0]!;
-  const unknownKey = issue.code === "unrecognized_keys" ? `unknown key ${issue.keys[0]}` : undefined;
-  const where = issue.path.length > 0 ? ` ${issue.path.join(".")}:` : "";
-  throw new UsageError(`${option} ${shown}:${where} ${unknownKey ?? issue.message}`);
-}
+const dmaLimit = size(1)
+  .refine((bytes) => bytes >= PAGE_BYTES, "too small; it takes at least a page, 4K")
+  .refine((bytes) => bytes % PAGE_BYTES === 0, "not a whole number of pages of 4K")
+  .refine(Number.isSafeInteger, "too large");
 
-function parseAssignment(text: string, defaultPolicy: DmaPolicy): Assignment {
+function parseAssignment(text: string, defaultPolicy: DmaPolicy): Omit<Assignment, "limitBytes"> {
   const [bdf = "", ...pairs] = text.split(",");
   if (bdf === "") throw new UsageError(`--assign ${text}: names no device; give a BDF such as 0000:02:00.0`);
-  const keys: Record<string, string> = {};
-  for (const pair of pairs) {
-    const [key = "", value] = pair.split(/=(.*)/s);
-    if (value === undefined) throw new UsageError(`--assign ${text}: ${pair} is not KEY=VALUE; see --help`);
-    if (Object.hasOwn(keys, key)) throw new UsageError(`--assign ${text}: ${key} is given twice`);
-    keys[key] = value;
-  }
-  const { guest, dma, domain } = checked(assignmentKeys, "--assign", keys, text);
+  const { guest, dma, domain } = checkedPairs(assignmentKeys, "--assign", text, pairs);
   return {
-    bdf,
+    bdf: parseBdf(bdf),
     ...(guest === undefined ? {} : { guestSlot: guest }),
     policy: dma ?? defaultPolicy,
     ownDomain: domain === "own",
   };
 }
 
-/** What the command line asks for: to run a guest, or to print something and end. */
-export type Command = { readonly run: Options } | { readonly print: "help" | "version" };
+/** The limits that --dma-limit gives: of each device, in order, and with index -1 of the whole VM. */
+function parseDmaLimits(
+  texts: readonly string[],
+  assignments: readonly Omit<Assignment, "limitBytes">[],
+  memoryBytes: number,
+): Map<number, number> {
+  const assigned = assignments.map(({ bdf }) => bdf);
+  const limits = new Map<number, number>();
+  for (const text of texts) {
+    const [bytesText = "", ...bdfText] = text.split(",");
+    const about = `--dma-limit ${text}`;
+    const bytes = checked(dmaLimit, "--dma-limit", bytesText, text);
+    const index = bdfText.length === 0 ? -1 : handleOf(parseBdf(bdfText.join(",")), assigned, about) - 1;
+    if (limits.has(index)) {
+      throw new UsageError(
+        `${about}: ${index < 0 ? "the VM" : assigned[index]} has a limit already; give one`,
+      );
+    }
+    limits.set(index, bytes);
+    const pinned = assignments.find(
+      (each, i) => each.policy === "pinned" && (index === i || index < 0) && bytes < memoryBytes,
+    );
+    if (pinned !== undefined) {
+      throw new UsageError(
+        `${about}: too small for ${pinned.bdf}, whose policy pinned pins all ${sizeText(memoryBytes)} of RAM; ` +
+          "raise it or use --dma strict",
+      );
+    }
+  }
+  return limits;
+}
+
+function parseInjections(texts: readonly string[], assigned: readonly Bdf[]): InjectSpec[] {
+  if (texts.length > INJECTION_RULES_MAX) {
+    throw new UsageError(`--inject: ${texts.length} rules, at most ${INJECTION_RULES_MAX} can be given`);
+  }
+  return texts.map((text) => {
+    const spec = parseInjectSpec(text);
+    if (spec.device !== undefined) handleOf(spec.device, assigned, `--inject ${text}`);
+    return spec;
+  });
+}
+
+/** To tell a running VMM something: the statistics directory it keeps, and the words. */
+export interface Message {
+  readonly directory: string;
+  readonly line: string;
+}
+
+function parseMessage(directory: string, words: readonly string[]): Message {
+  const line = words.join(" ").trim();
+  if (line === "")
+    throw new UsageError(`--tell ${directory}: tell it what? try: vmm --tell ${directory} help`);
+  if (line.includes("\n")) throw new UsageError(`--tell ${directory}: a command is one line`);
+  return { directory, line };
+}
+
+/** What the command line asks for: to run a guest, to tell one something, or to print something and end. */
+export type Command =
+  | { readonly run: Options }
+  | { readonly tell: Message }
+  | { readonly print: "help" | "version" };
 
 /** Parses the arguments after the program's name; throws a UsageError of one line. */
 export function parseCommandLine(args: readonly string[]): Command {
@@ -161,9 +231,15 @@ export function parseCommandLine(args: readonly string[]): Command {
     // Node's messages are a sentence about the option, sometimes followed by advice about "--".
     throw new UsageError(`${(error as Error).message.split(". ")[0]}; see --help`);
   }
-  const { values, positionals } = parsed;
+  const { values, positionals, tokens } = parsed;
   if (values.help) return { print: "help" };
   if (values.version) return { print: "version" };
+  if (values.tell !== undefined) {
+    const other = tokens.find((token) => token.kind === "option" && token.name !== "tell");
+    if (other?.kind === "option")
+      throw new UsageError(`${other.rawName}: does not go with --tell; see --help`);
+    return { tell: parseMessage(values.tell, positionals) };
+  }
   if (positionals.length > 1) {
     throw new UsageError(
       `${positionals[1]}: only one image can be given, and ${positionals[0]} already is; see --help`,
@@ -174,6 +250,9 @@ export function parseCommandLine(args: readonly string[]): Command {
     throw new UsageError("nothing to run; give an image or --kernel, see --help");
   }
   const dma = checked(policy, "--dma", values.dma, values.dma);
+  const memoryBytes = checked(memory, "--memory", values.memory, values.memory);
+  const assignments = values.assign.map((text) => parseAssignment(text, dma));
+  const limits = parseDmaLimits(values["dma-limit"], assignments, memoryBytes);
   return {
     run: {
       ...(image === undefined ? {} : { image }),
@@ -182,8 +261,13 @@ export function parseCommandLine(args: readonly string[]): Command {
       ...(values.cmdline === undefined ? {} : { cmdline: values.cmdline }),
       ...(values["stats-dir"] === undefined ? {} : { statsDir: values["stats-dir"] }),
       cpus: checked(wholeNumber(1, CPUS_MAX), "--cpus", values.cpus, values.cpus),
-      memoryBytes: checked(memory, "--memory", values.memory, values.memory),
-      assignments: values.assign.map((text) => parseAssignment(text, dma)),
+      memoryBytes,
+      assignments: assignments.map((each, i) => ({ ...each, limitBytes: limits.get(i) ?? 0 })),
+      limitBytes: limits.get(-1) ?? 0,
+      injections: parseInjections(
+        values.inject,
+        assignments.map(({ bdf }) => bdf),
+      ),
       stats: values.stats,
       reboot: !values["no-reboot"],
     },
@@ -194,9 +278,13 @@ const parse = (args: readonly string[]) =>
   parseArgs({
     args: [...args],
     allowPositionals: true,
+    tokens: true,
     options: {
       assign: { type: "string", multiple: true, default: [] },
       dma: { type: "string", default: "strict" },
+      "dma-limit": { type: "string", multiple: true, default: [] },
+      inject: { type: "string", multiple: true, default: [] },
+      tell: { type: "string" },
       cpus: { type: "string", default: "1" },
       memory: { type: "string", default: DEFAULT_MEMORY },
       kernel: { type: "string" },

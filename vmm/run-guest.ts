@@ -2,18 +2,32 @@
 // checked is checked before anything is touched, and everything is undone in reverse, however the guest ends.
 
 import { closeSync, openSync } from "node:fs";
-import { createEngineState, Engine, type EngineConfig, type EngineState } from "../hypercalls/engine.js";
+import { MAX_EXACT } from "../hypercalls/addresses.js";
+import {
+  createEngineState,
+  DOMAIN_KINDS,
+  type DomainConfig,
+  Engine,
+  type EngineConfig,
+  type EngineState,
+} from "../hypercalls/engine.js";
+import { createInjection, Injector } from "../hypercalls/injection.js";
 import { acpiTables, PCI_IO_WINDOW } from "./boot/acpi.js";
 import { type CpuidEntry, physicalBits, vcpuCpuid } from "./boot/cpuid.js";
 import { loadBootImages } from "./boot/image.js";
 import { ECAM, type GpaRange, type MemoryPlan, planMemory } from "./boot/layout.js";
 import { type BootWrite, prepareLinux } from "./boot/linux.js";
 import { Cleanup } from "./cleanup.js";
+import { answer, type Controlled, ControlSocket, isInUse } from "./control.js";
+import { DeviceWatch, type WatchedDevice } from "./device-watch.js";
 import { Console } from "./devices/console.js";
 import { addPowerPorts } from "./devices/power.js";
-import { errorMessage, isExpected, VmmError } from "./errors.js";
+import { attempt, errorMessage, isExpected, VmmError } from "./errors.js";
 import { createRam, GuestMemory, type RamDescription, ramBytes } from "./guest-memory.js";
+import { ruleOf } from "./inject-spec.js";
+import { KernelLog } from "./iommu-faults.js";
 import { Kvm } from "./kvm.js";
+import { lockableBytes, smallRoom } from "./limits.js";
 import { KICK_SIGNAL, Machine, type Outcome } from "./machine.js";
 import { errnoName, lockedMemoryLimitBytes, raiseOpenFilesLimit } from "./native/libc.js";
 import type { Options } from "./options.js";
@@ -23,10 +37,15 @@ import { defaultStatsDir, StatsDirectory } from "./stats-dir.js";
 import { CONSTANT } from "./sys/kvm.js";
 import { type Assignment, OpenAssignments, prepareAssignments } from "./vfio/assign.js";
 import { VfioBackend } from "./vfio/container.js";
-import { parseBdf } from "./vfio/sysfs.js";
+import { DeviceEvents } from "./vfio/events.js";
+import { assignableGroup, type Bdf } from "./vfio/sysfs.js";
 
 /** Signals that end the guest in good order. */
 const END_SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
+
+/** A guest that faults so early, so often in a row, will never do anything else. */
+const EARLY_FAULT_MS = 1000;
+const EARLY_FAULTS_MAX = 5;
 
 /** An assigned device with the options that are about its DMA. */
 interface AssignedDevice {
@@ -38,13 +57,20 @@ interface AssignedDevice {
 interface Guest {
   readonly options: Options;
   readonly kvm: Kvm;
+  /** In the order of their handles, which are for good: counters and rules of injection know devices by them. */
   readonly devices: readonly AssignedDevice[];
+  /** Those that failed or that the host took back. */
+  readonly gone: Set<Bdf>;
   readonly plan: MemoryPlan;
   readonly supportedCpuid: readonly CpuidEntry[];
   readonly ram: RamDescription;
   readonly memory: GuestMemory;
   readonly stats: Statistics;
   readonly ending: Ending;
+  /** Rules of failures on demand, with their counts: they go on over a reboot. */
+  readonly injection: SharedArrayBuffer;
+  /** Devices whose limits were looked at: a reboot does not say it again. */
+  readonly warned: Set<string>;
 }
 
 /** Wishes to end, from outside the guest: they outlive a reboot, and come at any time. */
@@ -114,7 +140,7 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
     // 1. Look at everything that can be wrong without touching it.
     const assignments = prepareAssignments(
       options.assignments.map((each) => ({
-        bdf: parseBdf(each.bdf),
+        bdf: each.bdf,
         ...(each.guestSlot === undefined ? {} : { guestSlot: each.guestSlot }),
         domain: each.ownDomain ? each.bdf : each.policy,
       })),
@@ -134,7 +160,9 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
 
     raiseOpenFilesLimit();
     const stats = new Statistics(ramBytes(ram));
-    cleanup.add(openStatsDir(options, stats));
+    const injection = createInjection();
+    const controlled = { injector: new Injector(injection), assigned: assignments.map(({ bdf }) => bdf) };
+    await openFigures(options, stats, controlled, cleanup);
     if (options.stats) cleanup.add(() => printStatistics(stats));
 
     const memory = new GuestMemory(ram);
@@ -142,39 +170,97 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
       options,
       kvm,
       devices,
+      gone: new Set(),
       plan,
       supportedCpuid,
       ram,
       memory,
       stats,
       ending,
+      injection,
+      warned: new Set(),
     };
+    addInjections(options.injections, controlled);
+    let earlyFaults = 0;
     for (;;) {
       const outcome = ending.outcome(await runMachine(guest));
       if (outcome.kind === "signal") {
         warn(`ended by ${outcome.signal}`);
         return { status: 1, atOnce: true };
       }
-      if (outcome.kind !== "reset" || !options.reboot) return { status: 0, atOnce: false };
+      if (outcome.kind === "triple-fault") {
+        earlyFaults = outcome.ranMs < EARLY_FAULT_MS ? earlyFaults + 1 : 0;
+        afterTripleFault(outcome.vcpu, earlyFaults, options);
+      } else if (outcome.kind === "reset" && options.reboot) earlyFaults = 0;
+      else return { status: 0, atOnce: false };
       memory.clear();
+      leaveOutGone(guest);
     }
   } finally {
     cleanup.run();
   }
 }
 
-/** Keeps the files of a statistics directory, where there is one; returns what ends it. */
-function openStatsDir(options: Options, stats: Statistics): () => void {
+/** Rules of the command line: there are no others yet, so there is room for them. */
+function addInjections(specs: Options["injections"], { injector, assigned }: Controlled): void {
+  for (const spec of specs) injector.add(ruleOf(spec, assigned, "--inject"));
+}
+
+/** Says that the guest starts anew, as a PC does after a triple fault; throws a VmmError when it is not to. */
+function afterTripleFault(vcpu: number, earlyFaults: number, options: Options): void {
+  const what = `guest: triple fault on vCPU ${vcpu}`;
+  if (!options.reboot) throw new VmmError(`${what}: it ends`);
+  if (earlyFaults === EARLY_FAULTS_MAX) {
+    const often = `the ${earlyFaults}th in a row within ${EARLY_FAULT_MS} ms of a start`;
+    throw new VmmError(
+      `${what}, ${often}: given up; its console may say why (earlyprintk=serial on its command line)`,
+    );
+  }
+  warn(`${what}: it starts anew`);
+}
+
+/**
+ * The devices the guest starts again without. Between two lives it has none open and is told of no request: the host may
+ * have taken one then. That is no reason not to start again with the others. One that is gone stays away: the host may
+ * give it to somebody else.
+ */
+function leaveOutGone({ devices, gone }: Guest): void {
+  for (const { assignment } of devices) {
+    if (!gone.has(assignment.bdf) && !attempt(() => assignableGroup(assignment.bdf), warn))
+      gone.add(assignment.bdf);
+  }
+  if (gone.size > 0) warn(`the guest starts again without ${[...gone].join(", ")}`);
+}
+
+/** The statistics directory, where there is one, and the control socket in it. */
+async function openFigures(
+  options: Options,
+  stats: Statistics,
+  controlled: Controlled,
+  cleanup: Cleanup,
+): Promise<void> {
   const path = options.statsDir ?? defaultStatsDir(process.env, process.pid);
-  if (path === undefined) return () => undefined;
+  if (path === undefined) return;
+  const asked = options.statsDir !== undefined;
+  if (await isInUse(path)) {
+    throw new VmmError(`statistics directory ${path}: another VMM uses it; name another with --stats-dir`);
+  }
   try {
-    const directory = new StatsDirectory(path, options.statsDir !== undefined, () => stats.read(), warn);
-    return () => directory.close();
+    const directory = new StatsDirectory(path, asked, () => stats.read(), warn);
+    cleanup.add(() => directory.close());
   } catch (error) {
     // Who asked for the files wants them; who did not, wants the guest.
-    if (options.statsDir !== undefined || !isExpected(error)) throw error;
+    if (asked || !isExpected(error)) throw error;
     warn(error.message);
-    return () => undefined;
+    return;
+  }
+  try {
+    const control = await ControlSocket.open(path, (line) => answer(line, controlled));
+    cleanup.add(() => control.close());
+  } catch (error) {
+    // Figures and guest do without it; not every file system has sockets.
+    if (!isExpected(error)) throw error;
+    warn(`${error.message}; --tell does not reach this guest`);
   }
 }
 
@@ -184,7 +270,8 @@ function printStatistics(stats: Statistics): void {
 
 /** One life of the machine, from power-on to power-off or reset. Nothing of it is left afterwards. */
 async function runMachine(guest: Guest): Promise<Outcome> {
-  const { options, kvm, devices, plan, ram } = guest;
+  const { options, kvm, plan, ram } = guest;
+  const devices = guest.devices.filter(({ assignment }) => !guest.gone.has(assignment.bdf));
   const cleanup = new Cleanup(warn);
   try {
     // 4. The VM, its memory, its interrupt controllers.
@@ -207,8 +294,10 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     // 6. The mapping engine over them. Nothing is mapped, but for devices that get all of RAM.
     const config = engineConfig(guest, opened);
     const fresh = createEngineState(config);
-    const state = guest.stats.lanes === undefined ? fresh : { ...fresh, lanes: guest.stats.lanes };
-    const containerFds = [...opened.containers.values()].map((container) => container.fd);
+    const lanes = guest.stats.lanes ?? fresh.lanes;
+    const state = { ...fresh, lanes, injection: guest.injection };
+    const containers = [...opened.containers.values()];
+    const containerFds = config.domains.map((_, index) => containers[index]?.fd ?? -1);
     const engine = new Engine(state, (domain) => new VfioBackend(containerFds[domain]!), options.cpus);
     cleanup.add(() => {
       // Nobody can take a lock that a lost thread held; the containers' end undoes every mapping as well.
@@ -217,16 +306,39 @@ async function runMachine(guest: Guest): Promise<Outcome> {
       if (stuck > 0) warn(`${stuck} mappings could not be undone; they end with their IOMMU domain`);
     });
     guest.stats.show(engine, state, machine);
+    for (const bdf of guest.gone) engine.removeDevice(handleOf(guest, bdf));
+    warnOfSmallRoom(guest, config);
     mapPinned(engine);
 
     // 7. The devices, reset, on the guest's PCI bus.
     const bus = new PciBus(machine, pciLayout(plan), warn);
+    // Undone before the engine is: devices are quiet before anything is unmapped.
     cleanup.add(() => bus.close());
-    for (const [i, device] of opened.openDevices().entries()) {
-      const slot = devices[i]!.assignment.guestSlot;
-      bus.add(slot, new VfioPciFunction(device, machine, bus.decoder, slot, warn));
-    }
+    const watched = opened.openDevices().map((device, i): WatchedDevice => {
+      const { bdf, guestSlot } = devices[i]!.assignment;
+      const handle = handleOf(guest, bdf);
+      const pciFunction = new VfioPciFunction(device, machine, bus.decoder, guestSlot, warn);
+      bus.add(guestSlot, pciFunction);
+      const events = new DeviceEvents(device);
+      cleanup.add(() => events.close());
+      return {
+        bdf,
+        handle,
+        events,
+        unplug: () => {
+          bus.remove(guestSlot);
+          pciFunction.lose();
+        },
+        unmap: () => engine.removeDevice(handle),
+        giveBack: () => opened.giveBack(bdf, (group) => vm.removeVfioGroup(group.fd)),
+        forget: () => guest.gone.add(bdf),
+      };
+    });
     bus.start();
+    if (watched.length > 0) {
+      const watch = new DeviceWatch(watched, KernelLog.open(), (handle) => engine.countFault(handle), warn);
+      cleanup.add(() => watch.close());
+    }
 
     // 8. Kernel, initrd and tables into memory; looked at anew, for the files may have been replaced since.
     const images = loadBootImages(options);
@@ -247,31 +359,63 @@ async function runMachine(guest: Guest): Promise<Outcome> {
       cpuid: (apicId) => vcpuCpuid(guest.supportedCpuid, { apicId, cpus: options.cpus, tscDeadline }),
       registers: start.registers,
       onSerialOutput: () => terminal.pump(),
+      onStop: () => engine.injector.wake(),
     });
   } finally {
     cleanup.run();
   }
 }
 
+/** The engine's handle of an assigned device: its place in the list, from 1. */
+const handleOf = ({ devices }: Guest, bdf: Bdf): number =>
+  1 + devices.findIndex(({ assignment }) => assignment.bdf === bdf);
+
+/** The domain of devices that are gone: nothing can be mapped in it, and no container is behind it. */
+const NOWHERE: DomainConfig = {
+  kind: "translated",
+  limits: { ranges: [{ first: 0, last: MAX_EXACT }], pageSizeMask: MAX_EXACT, entries: 0 },
+};
+
 function engineConfig(guest: Guest, opened: OpenAssignments): EngineConfig {
   const labels = [...opened.containers.keys()];
   const policyOf = (label: string) =>
     guest.devices.find((device) => device.assignment.domain === label)!.options.policy;
+  const domains = [...opened.containers].map(
+    ([label, container]): DomainConfig => ({
+      kind: DOMAIN_KINDS[policyOf(label)]!,
+      limits: container.limits(),
+    }),
+  );
   return {
     ram: guest.ram.slots.map(({ gpa, bytes, hva }) => ({ gpa, bytes, hva })),
-    domains: [...opened.containers].map(([label, container]) => ({
-      kind: policyOf(label) === "pinned" ? "identity" : "translated",
-      limits: container.limits(),
-    })),
-    devices: guest.devices.map(({ assignment, options }) => ({
-      bdf: assignment.guestSlot << 3,
-      policy: options.policy,
-      domain: labels.indexOf(assignment.domain),
-      addressBits: addressBits(opened.containerOf(assignment).limits().ranges),
-    })),
-    quotaBytes: 0,
+    domains: [...domains, ...(guest.gone.size > 0 ? [NOWHERE] : [])],
+    devices: guest.devices.map(({ assignment, options }) => {
+      const gone = guest.gone.has(assignment.bdf);
+      const domain = gone ? domains.length : labels.indexOf(assignment.domain);
+      return {
+        name: assignment.bdf,
+        bdf: assignment.guestSlot << 3,
+        policy: gone ? "strict" : options.policy,
+        domain,
+        addressBits: addressBits((domains[domain] ?? NOWHERE).limits.ranges),
+        quotaBytes: options.limitBytes,
+      };
+    }),
+    quotaBytes: guest.options.limitBytes,
+    lockableBytes: lockableBytes(),
     lanes: guest.options.cpus + 1,
   };
+}
+
+/** Says, once, which devices have so little room for mappings that their drivers will hardly probe. */
+function warnOfSmallRoom(guest: Guest, { devices, domains, quotaBytes, lockableBytes }: EngineConfig): void {
+  for (const { name, domain, quotaBytes: own } of devices) {
+    const { kind, limits } = domains[domain]!;
+    if (kind !== "translated" || guest.warned.has(name)) continue;
+    guest.warned.add(name);
+    const room = { entries: limits.entries, quotaBytes: own, vmQuotaBytes: quotaBytes, lockableBytes };
+    for (const line of smallRoom(room, guest.options.cpus)) warn(`${name}: ${line}`);
+  }
 }
 
 /** Bits of an IOVA: those of the last address the IOMMU translates. */

@@ -48,7 +48,8 @@ export const exitCounters = (control: SharedArrayBuffer): Float64Array =>
 /** Why a vCPU's thread ended. */
 export type VcpuEnd =
   | { readonly kind: "stopped" }
-  | { readonly kind: "triple-fault" }
+  /** `ranMs` after it entered the guest for the first time. */
+  | { readonly kind: "triple-fault"; readonly ranMs: number }
   | { readonly kind: "failed"; readonly why: string };
 
 /** Messages from a vCPU: it waits for a slow exit, it wrote to the serial port, or it ended. */

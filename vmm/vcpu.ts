@@ -57,6 +57,7 @@ class Vcpu {
   loop(): VcpuEnd {
     const { run, control, exits } = this;
     Atomics.store(control, CONTROL_TID, gettid());
+    const begun = performance.now();
     // The stop word is looked at before every entry; once it is set, immediate_exit is too, and a signal follows, so
     // that neither an entry just under way nor a halted guest delays the stop.
     while (Atomics.load(control, CONTROL_STOP) === 0) {
@@ -83,7 +84,7 @@ class Vcpu {
           break;
         case CONSTANT.KVM_EXIT_SHUTDOWN:
           // Where it happened is lost: on AMD, KVM has reset the vCPU by now.
-          return { kind: "triple-fault" };
+          return { kind: "triple-fault", ranMs: performance.now() - begun };
         default: {
           const end = this.unusualExit();
           if (end !== undefined) return end;

@@ -948,7 +948,7 @@ cpuid("the discovery block is what the contract says, and replaces what was ther
   const second = leaf(entries, CPUID.first + 1);
   assert.deepEqual(
     [second.eax, second.ebx, second.ecx, second.edx],
-    [ABI_VERSION, FEATURE.list, PORT, LIMITS.listEntries],
+    [ABI_VERSION, FEATURE.list | FEATURE.release, PORT, LIMITS.listEntries],
   );
   assert.equal(leaf(entries, CPUID.first + 2).eax, LIMITS.mapPages);
   const fewer = vcpuCpuid(intel, { apicId: 0, cpus: 1, tscDeadline: true, features: 0 });

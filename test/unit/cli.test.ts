@@ -7,6 +7,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { parseInjectSpec } from "../../vmm/inject-spec.js";
+import { smallRoom } from "../../vmm/limits.js";
 import { parseCommandLine } from "../../vmm/options.js";
 import { repoRoot } from "../lab/cache.js";
 
@@ -67,8 +69,44 @@ const usage: readonly (readonly [args: string[], message: string])[] = [
   [["--assign", "02:00.0,guest", "a"], "--assign 02:00.0,guest: guest is not KEY=VALUE; see --help"],
   [["--assign", "02:00.0,guest=0", "a"], "--assign 02:00.0,guest=0: guest: not a whole number from 1 to 31"],
   [["--assign", "02:00.0,guest=1,guest=2", "a"], "--assign 02:00.0,guest=1,guest=2: guest is given twice"],
-  [["--assign", "02:00.0,constructor=1", "a"], "--assign 02:00.0,constructor=1: unknown key constructor"],
+  [
+    ["--assign", "02:00.0,constructor=1", "a"],
+    "--assign 02:00.0,constructor=1: unknown key constructor; there are guest, dma, domain",
+  ],
   [["--assign", "02:00.0,domain=mine", "a"], "--assign 02:00.0,domain=mine: domain: the only value is own"],
+  [["--dma-limit", "1", "a"], "--dma-limit 1: too small; it takes at least a page, 4K"],
+  [["--dma-limit", "6K", "a"], "--dma-limit 6K: not a whole number of pages of 4K"],
+  [
+    ["--dma-limit", "lots", "a"],
+    "--dma-limit lots: not a size; give a number with K, M, G or T, such as 512M",
+  ],
+  [["--dma-limit", "1M,02:00.0", "a"], "--dma-limit 1M,02:00.0: 0000:02:00.0 is not assigned; no device is"],
+  [
+    ["--assign", "03:00.0", "--dma-limit", "1M,02:00.0", "a"],
+    "--dma-limit 1M,02:00.0: 0000:02:00.0 is not assigned; assigned: 0000:03:00.0",
+  ],
+  [["--dma-limit", "1M", "--dma-limit", "2M", "a"], "--dma-limit 2M: the VM has a limit already; give one"],
+  [
+    ["--assign", "02:00.0", "--dma-limit", "1M,02:00.0", "--dma-limit", "1M,0000:02:00.0", "a"],
+    "--dma-limit 1M,0000:02:00.0: 0000:02:00.0 has a limit already; give one",
+  ],
+  [
+    ["--assign", "02:00.0,dma=pinned", "--dma-limit", "1M", "a"],
+    "--dma-limit 1M: too small for 0000:02:00.0, whose policy pinned pins all 512M of RAM; raise it or use --dma strict",
+  ],
+  [["--inject", "map,p=2", "a"], "--inject map,p=2: p: not a number above 0, up to 1"],
+  [
+    ["--inject", "map,device=02:00.0", "a"],
+    "--inject map,device=02:00.0: 0000:02:00.0 is not assigned; no device is",
+  ],
+  [
+    Array.from({ length: 17 }, () => ["--inject", "map"])
+      .flat()
+      .concat("a"),
+    "--inject: 17 rules, at most 16 can be given",
+  ],
+  [["--tell", "/nowhere"], "--tell /nowhere: tell it what? try: vmm --tell /nowhere help"],
+  [["--tell", "/nowhere", "--cpus", "2", "help"], "--cpus: does not go with --tell; see --help"],
   [
     ["--assign", "02:00.0", "--assign", "0000:02:00.0", "a"],
     "0000:02:00.0: assigned twice; name each device once",
@@ -127,6 +165,44 @@ test("--help and --version", () => {
   assert.match(vmm("--version").stdout, /^vmm \d+\.\d+\.\d+\n$/);
 });
 
+test("--tell: nobody there is a failure, not a mistake of the command line", () => {
+  const { status, stderr } = vmm("--tell", "none", "inject", "map,p=0.5");
+  assert.is(status, 1);
+  assert.match(
+    stderr,
+    /^vmm: --tell none: no such directory, or no VMM runs with it \(ENOENT\); give the statistics .*\n$/,
+  );
+});
+
+test("limits and failures become what they say", () => {
+  const line =
+    "--assign 02:00.0 --assign 03:00.0 --dma-limit 1M --dma-limit 256K,03:00.0 --inject map,p=0.5 a";
+  const parsed = parseCommandLine(line.split(" "));
+  assert.ok("run" in parsed);
+  assert.is(parsed.run.limitBytes, 2 ** 20);
+  assert.equal(
+    parsed.run.assignments.map((each) => each.limitBytes),
+    [0, 2 ** 18],
+  );
+  assert.equal(parsed.run.injections, [parseInjectSpec("map,p=0.5")]);
+  assert.equal(parseCommandLine(["--tell", "dir", "inject", "map,next=1"]), {
+    tell: { directory: "dir", line: "inject map,next=1" },
+  });
+});
+
+test("room that is too small for a driver is told, with what to raise", () => {
+  const enough = { entries: 10, quotaBytes: 2 ** 17, vmQuotaBytes: 2 ** 17, lockableBytes: 2 ** 17 };
+  assert.equal(smallRoom(enough, 1), []);
+  assert.equal(smallRoom({ entries: 65535, quotaBytes: 0, vmQuotaBytes: 0, lockableBytes: 0 }, 16), []);
+  assert.equal(smallRoom({ entries: 9, quotaBytes: 65536, vmQuotaBytes: 98304, lockableBytes: 4096 }, 1), [
+    "its IOMMU domain takes 9 mappings at a time, too few for most drivers to probe; raise dma_entry_limit of vfio_iommu_type1",
+    "its --dma-limit is 64K, too little for most drivers to probe; raise it",
+    "the --dma-limit of the VM is 96K, too little for most drivers to probe; raise it",
+    "the limit of locked memory is 4K, too little for most drivers to probe; raise it (ulimit -l)",
+  ]);
+  assert.is(smallRoom(enough, 4).length, 4, "more vCPUs, more queues");
+});
+
 test("options become what they say", () => {
   const parsed = parseCommandLine([
     ..."--cpus 4 --memory 8G --dma pinned --no-reboot --stats --cmdline".split(" "),
@@ -140,9 +216,11 @@ test("options become what they say", () => {
       cpus: 4,
       memoryBytes: 8 * 2 ** 30,
       assignments: [
-        { bdf: "02:00.0", guestSlot: 5, policy: "strict", ownDomain: false },
-        { bdf: "03:00.0", policy: "pinned", ownDomain: true },
+        { bdf: "0000:02:00.0", guestSlot: 5, policy: "strict", ownDomain: false, limitBytes: 0 },
+        { bdf: "0000:03:00.0", policy: "pinned", ownDomain: true, limitBytes: 0 },
       ],
+      limitBytes: 0,
+      injections: [],
       stats: true,
       reboot: false,
     },

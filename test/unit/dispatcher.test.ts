@@ -62,13 +62,14 @@ const calls = suite("dispatcher");
 
 calls("probe tells version, features, page sizes, quota, and writes the ranges where it is told to", () => {
   const { call, memory } = makeGuest();
-  const offer = [0, ABI_VERSION, FEATURE.list, 2 ** 53 - PAGE, 0];
+  const offer = [0, ABI_VERSION, FEATURE.list | FEATURE.release, 2 ** 53 - PAGE, 0];
   assert.deepEqual(call("probe", [ABI_VERSION, 0]), [...offer, 0]);
   assert.deepEqual(call("probe", [ABI_VERSION, CALL_PAGE]), [...offer, RANGES.length]);
   const words = memory.page(CALL_PAGE);
   assert.deepEqual(
     [...words.subarray(0, 9)],
-    [...entryWords(RANGES.map(({ first, last }) => [first, last] as const)), 0],
+    [...entryWords(RANGES.map(({ first, last }) => [Math.max(first, MiB), last] as const)), 0],
+    "no address is handed out below 1 MiB",
   );
   for (const [page, expected] of [
     [CALL_PAGE + 8, INVALID(ERRNO.EINVAL)],
@@ -81,8 +82,8 @@ calls("probe tells version, features, page sizes, quota, and writes the ranges w
 
 calls("is_assigned, map and unmap: registers in, registers out, the others keep what they held", () => {
   const { call, backends } = makeGuest();
-  assert.deepEqual(call("is_assigned", [0x18, 1, 2, 3, 4]), [0, 2, 3, 39, 3, 4]);
-  assert.deepEqual(call("is_assigned", [0x77, 1, 2, 3, 4]), [0, 0, 0, 0, 3, 4]);
+  assert.deepEqual(call("is_assigned", [0x18, 1, 2, 3, 4]), [0, 2, 3, 39, 4096, 0]);
+  assert.deepEqual(call("is_assigned", [0x77, 1, 2, 3, 4]), [0, 0, 0, 0, 0, 0]);
   const [result, at, ...rest] = call("map", [2, 5 * PAGE + 7, 5000, 2 ** 32 - 1, RW]);
   assert.equal(result, 0);
   assert.deepEqual(rest, [5 * PAGE + 7, 5000, 2 ** 32 - 1, RW]);
@@ -92,6 +93,24 @@ calls("is_assigned, map and unmap: registers in, registers out, the others keep 
   assert.equal(reach(backends[0]!, at!, 1), -1);
   // A call that fails leaves every register alone.
   assert.deepEqual(call("unmap", [2, at!, 5000, 8, 9]), [INVALID(ERRNO.ESTALE), 2, at!, 5000, 8, 9]);
+});
+
+calls("release tells what it took back; without ok the registers keep what they held", () => {
+  const { call, engine, backends } = makeGuest();
+  call("map", [1, 5 * PAGE, 3 * PAGE, ANY, RW]);
+  call("map", [1, 5 * PAGE, PAGE, ANY, RW]);
+  assert.deepEqual(call("release", [1, 7, 8, 9, 10]), [0, 2, 4 * PAGE, 8, 9, 10]);
+  assert.equal(backends[0]!.type1.entriesUsed, 0);
+  assert.deepEqual(call("release", [1, 7, 8, 9, 10]), [0, 0, 0, 8, 9, 10]);
+  assert.deepEqual(call("release", [9, 7, 8, 9, 10]), [INVALID(ERRNO.ENODEV), 9, 7, 8, 9, 10]);
+  call("map", [1, 5 * PAGE, PAGE, ANY, RW]);
+  backends[0]!.unmapFault = () => ({ errno: ERRNO.EINVAL });
+  const stuck = status(STATUS.limit, ERRNO.EPROTO);
+  assert.deepEqual(call("release", [1, 7, 8, 9, 10]), [stuck, 1, 7, 8, 9, 10]);
+  assert.equal(stat(engine, "hypercalls/release/calls"), 4);
+  assert.equal(stat(engine, "hypercalls/release/errors"), 2);
+  assert.equal(stat(engine, "hypercalls/release/pages"), 4);
+  assert.equal(stat(engine, "dma/limit_hits"), 0, "an unmap is no map that hit a limit");
 });
 
 calls("lists go through the call page", () => {
@@ -156,7 +175,7 @@ calls("bad call pages and counts are refused, entries done is 0, nothing is read
 
 calls("an unknown call is ENOSYS, a caller outside the guest's kernel is EPERM, before anything else", () => {
   const { call, engine, backends } = makeGuest();
-  for (const number of [0, 7, 255, 2 ** 32 - 1]) {
+  for (const number of [0, 8, 255, 2 ** 32 - 1]) {
     assert.deepEqual(call(number, [1, 2, 3, 4, 5]), [INVALID(ERRNO.ENOSYS), 1, 2, 3, 4, 5]);
   }
   assert.equal(stat(engine, "hypercalls/refused/unknown"), 4);
@@ -191,8 +210,8 @@ calls("calls are counted, by kind, class and page, and the lanes of all threads 
   assert.equal(stat(engine, "hypercalls/status/ok"), 1);
   assert.equal(stat(engine, "dma/limit_hits"), 1);
   assert.equal(stat(engine, "dma/pinned_bytes"), 3 * PAGE);
-  assert.equal(stat(engine, "devices/1/mapped_bytes"), 3 * PAGE);
-  assert.equal(stat(engine, "devices/2/mapped_bytes"), 0);
+  assert.equal(stat(engine, "devices/0000:01:00.0/dma/mapped_bytes"), 3 * PAGE);
+  assert.equal(stat(engine, "devices/0000:02:00.0/dma/mapped_bytes"), 0);
   const total = stat(engine, "hypercalls/map/ns_total");
   const most = stat(engine, "hypercalls/map/ns_max");
   assert.ok(most > 0 && total >= most && total <= 3 * most);
@@ -201,7 +220,7 @@ calls("calls are counted, by kind, class and page, and the lanes of all threads 
 
   const other = new Engine(state, (domain) => backends[domain]!, 1);
   const ours = new Float64Array(state.lanes).slice(0, state.lanes.byteLength / 8 / state.config.lanes);
-  other.lane.record(CALLS.map.number, 0, 5, 2 ** 40);
+  other.lane.record(CALLS.map.number, 1, 0, false, 5, 2 ** 40);
   const after = new Float64Array(state.lanes).slice(0, ours.length);
   assert.deepEqual(after, ours, "a lane has one writer");
   assert.equal(stat(engine, "hypercalls/map/calls"), 4);
@@ -229,7 +248,7 @@ calls("random frames never throw, never reach outside the RAM, and leave nothing
         () => CALL_PAGE,
       ])();
     for (let step = 0; step < 20000; step++) {
-      frame[0] = 1 + random.below(7);
+      frame[0] = random.oneIn(200) ? CALLS.release.number : 1 + random.below(6);
       for (let i = 1; i < FRAME_WORDS; i++) frame[i] = value();
       // Most random calls end at the first check: help them, one register at a time, and fill the call page.
       if (random.oneIn(2)) frame[1] = 1 + random.below(3);

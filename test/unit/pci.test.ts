@@ -28,6 +28,7 @@ interface Rig {
   readonly machine: Machine;
   readonly device: Device;
   readonly bus: PciBus;
+  readonly pciFunction: VfioPciFunction;
   readonly warnings: string[];
   read(register: number, width?: Width): number;
   write(register: number, value: number, width?: Width): void;
@@ -39,7 +40,8 @@ function rig(make: (machine: Machine) => Device = endpoint): Rig {
   const warnings: string[] = [];
   const bus = new PciBus(machine, LAYOUT, (line) => warnings.push(line));
   const device = make(machine);
-  bus.add(SLOT, new VfioPciFunction(device, machine, bus.decoder, SLOT, (line) => warnings.push(line)));
+  const pciFunction = new VfioPciFunction(device, machine, bus.decoder, SLOT, (line) => warnings.push(line));
+  bus.add(SLOT, pciFunction);
   bus.start();
   machine.news();
   const at = LAYOUT.ecam + (SLOT << 15);
@@ -47,6 +49,7 @@ function rig(make: (machine: Machine) => Device = endpoint): Rig {
     machine,
     device,
     bus,
+    pciFunction,
     warnings,
     read: (register, width = 4) => machine.readMemory(at + register, width),
     write: (register, value, width = 4) => machine.writeMemory(at + register, width, value),
@@ -453,6 +456,99 @@ shown("close gives everything back", () => {
   assert.deepEqual(device.triggers, [undefined, undefined, undefined]);
   assert.ok(device.closed);
 });
+
+shown("close goes on when the device takes no writes any more: it is reset all the same", () => {
+  const { write, device, machine, bus, warnings } = rig();
+  write(4, 7, 2);
+  device.failWrites = true;
+  bus.close();
+  assert.equal(device.resets, 2);
+  assert.equal(machine.slots.size + device.maps.size, 0);
+  assert.ok(device.closed);
+  assert.match(warnings.join("\n"), /^0000:02:00\.0: bus mastering: write: EIO$/m);
+});
+
+shown("close goes on when the reset fails: bus mastering is off, and it is said", () => {
+  const { write, device, bus, warnings } = rig();
+  write(4, 7, 2);
+  device.failReset = true;
+  bus.close();
+  assert.equal(device.config.getUint16(4, true), 0);
+  assert.ok(device.closed);
+  assert.match(warnings.join("\n"), /^0000:02:00\.0: reset: VFIO_DEVICE_RESET: EAGAIN$/m);
+});
+
+shown("close gives the device back even when a bug of ours comes in its way", () => {
+  const { write, device, bus } = rig();
+  write(4, 7, 2);
+  device.unmap = () => {
+    throw new TypeError("a bug");
+  };
+  assert.throws(() => bus.close(), /a bug/);
+  assert.ok(device.closed);
+});
+
+/** Takes the rig's device away in the middle of its work, as the host does. */
+function lose({ bus, pciFunction }: Rig): void {
+  bus.remove(SLOT);
+  pciFunction.lose();
+}
+
+shown(
+  "a lost device is gone from the guest's sight, quiet, and still open: what is mapped for it comes next",
+  () => {
+    const it = rig();
+    const { read, write, device, machine, bus } = it;
+    write(4, 7, 2);
+    write(AT.msix + 2, 0x8000, 2);
+    const home = read(0x10) - 4;
+    machine.news();
+    lose(it);
+    assert.deepEqual(machine.news(), [
+      "config 0x4=0x3",
+      "unslot 0xc0000000",
+      "unslot 0x1000000000",
+      "disable MSI-X",
+      "config 0x4=0x0",
+      "reset",
+    ]);
+    assert.equal(device.closed, false);
+    assert.equal(device.maps.size, 0);
+    assert.equal(machine.slots.size + machine.pio.length + machine.irqfds.size + machine.gsis.size, 0);
+    for (const width of WIDTHS) {
+      for (const register of [0, 4, 0x10, AT.msix + 2, 0x100]) {
+        write(register, 0, width);
+        assert.equal(read(register, width), 2 ** (8 * width) - 1);
+      }
+      machine.writeMemory(home + 0x2000, width, 0);
+      assert.equal(machine.readMemory(home + 0x2000, width), 2 ** (8 * width) - 1, "its BAR");
+    }
+    assert.deepEqual(machine.news(), []);
+    // The bus is as alive as before, and its end has nothing left to do for the lost one.
+    assert.equal(machine.readMemory(LAYOUT.ecam, 4), 0x00081b36);
+    device.close();
+    bus.close();
+  },
+);
+
+shown(
+  "what a lost device does no more is not worth a line, and does not keep the rest from being done",
+  () => {
+    const refused = rig();
+    refused.device.failReset = true;
+    lose(refused);
+    assert.deepEqual(refused.warnings, []);
+    assert.equal(refused.device.maps.size, 0);
+    assert.equal(refused.device.config.getUint16(4, true), 0, "bus mastering is off");
+
+    const dead = rig();
+    const resets = dead.device.resets;
+    dead.device.config.setUint32(8, 0xffffffff, true);
+    lose(dead);
+    assert.equal(dead.device.resets, resets, "a device that does not answer is not waited for");
+    assert.equal(dead.machine.slots.size + dead.machine.irqfds.size, 0);
+  },
+);
 
 // ---- interrupts ----
 

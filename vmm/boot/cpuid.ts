@@ -43,7 +43,7 @@ export function vcpuCpuid(supported: readonly CpuidEntry[], vcpu: VcpuIdentity):
   return [
     ...kept.map((entry) => adapt(entry, vcpu, amd)),
     ...TOPOLOGY_LEAVES.filter((leaf) => leaf <= highest).flatMap((leaf) => topologyLeaf(leaf, vcpu)),
-    ...discoveryBlock(vcpu.features ?? FEATURE.list),
+    ...discoveryBlock(vcpu.features ?? FEATURE.list | FEATURE.release),
   ];
 }
 

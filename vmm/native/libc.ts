@@ -38,6 +38,16 @@ const cMemfdCreate = c.func("memfd_create", "int", ["str", "uint"]) as (
   flags: number,
 ) => number;
 const cEventfd = c.func("eventfd", "int", ["uint", "int"]) as (initial: number, flags: number) => number;
+const cRead = c.func("read", "int64_t", ["int", "void *", "size_t"]) as (
+  fd: number,
+  into: ArrayBufferView,
+  bytes: number,
+) => number;
+const cLseek = c.func("lseek", "int64_t", ["int", "int64_t", "int"]) as (
+  fd: number,
+  offset: number,
+  whence: number,
+) => number;
 const cGettid = c.func("gettid", "int", []) as () => number;
 const cTgkill = c.func("tgkill", "int", ["int", "int", "int"]) as (
   pid: number,
@@ -75,6 +85,7 @@ const EFD_CLOEXEC = 0o2000000;
 const EFD_NONBLOCK = 0o4000;
 const FALLOC_FL_KEEP_SIZE = 1;
 const FALLOC_FL_PUNCH_HOLE = 2;
+const SEEK_END = 2;
 const RLIMIT_NOFILE = 7;
 const RLIMIT_MEMLOCK = 8;
 
@@ -137,6 +148,18 @@ export function eventfd(): number {
   const fd = cEventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   return fd < 0 ? check("eventfd", -koffi.errno()) : fd;
 }
+
+/**
+ * Reads from a file that does not block: bytes, or -errno (EAGAIN: nothing is there). For files that are looked at
+ * again and again: Node's readSync makes an exception of every look in vain.
+ */
+export function readNow(fd: number, into: ArrayBufferView): number {
+  const bytes = cRead(fd, into, into.byteLength);
+  return bytes < 0 ? -koffi.errno() : bytes;
+}
+
+/** Goes to the end of a file: 0 or -errno. */
+export const seekToEnd = (fd: number): number => (cLseek(fd, 0, SEEK_END) < 0 ? -koffi.errno() : 0);
 
 /** Gives a file's range back to the system; it reads as zeroes afterwards. Throws. */
 export function punchHole(fd: number, offset: number, bytes: number): void {

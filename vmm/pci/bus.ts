@@ -56,6 +56,11 @@ export class PciBus {
     this.slots.set(slot, pciFunction);
   }
 
+  /** Unplugs a slot: from now on reads there are ones and writes go nowhere. The function is the caller's to close. */
+  remove(slot: number): void {
+    this.slots.delete(slot);
+  }
+
   /** Firmware's work: places the BARs, and lets the guest reach configuration space. Throws a VmmError. */
   start(): void {
     this.decoder.place();

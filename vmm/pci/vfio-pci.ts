@@ -25,9 +25,11 @@ const {
   VFIO_PCI_MSIX_IRQ_INDEX: MSIX,
 } = CONSTANT;
 
-/** COMMAND bits that are the guest's; the others stay 0. They reach the device only as the guest sets them. */
+/** COMMAND bits that are the guest's. They reach the device only as the guest sets them. */
 const COMMAND_BITS =
   PCI.PCI_COMMAND_IO | PCI.PCI_COMMAND_MEMORY | PCI.PCI_COMMAND_MASTER | PCI.PCI_COMMAND_INTX_DISABLE;
+/** COMMAND bits that are the host's and stay as they are: whether errors are reported, to the host. */
+const COMMAND_HOST_BITS = PCI.PCI_COMMAND_SERR | PCI.PCI_COMMAND_PARITY;
 /** DEVCTL bits that are forwarded: they concern this device's own requests only. Payload size and errors are the host's. */
 const DEVCTL_BITS = PCI.PCI_EXP_DEVCTL_RELAX_EN | PCI.PCI_EXP_DEVCTL_NOSNOOP_EN | PCI.PCI_EXP_DEVCTL_READRQ;
 
@@ -58,13 +60,15 @@ export class VfioPciFunction implements PciFunction {
   private readonly msixAt: MsixPlace | undefined;
   private readonly msix: Msix | undefined;
   private mode: InterruptMode = "intx";
-  /** COMMAND and DEVCTL as the device has them. */
+  /** COMMAND, the guest's bits and the host's, and DEVCTL as the device has them. */
   private command = 0;
+  private readonly hostCommand: number;
   private devctl = 0;
   /** Configuration space as it is after a reset, BARs aside. */
   private readonly powerOn: Uint8Array;
   private readonly warned = new Set<string>();
   private closed = false;
+  private lost = false;
 
   /**
    * Takes the device over: resets it and reads what it is. Close it by close(). Throws a VmmError for a device that
@@ -78,6 +82,7 @@ export class VfioPciFunction implements PciFunction {
     private readonly warnLine: (line: string) => void,
   ) {
     this.name = device.bdf;
+    this.hostCommand = device.read(CONFIG, PCI.PCI_COMMAND, 2) & COMMAND_HOST_BITS;
     this.quiesce();
     if (!device.canReset)
       this.warn("reset", "the host cannot reset it alone: it comes with the state its last user left");
@@ -149,7 +154,11 @@ export class VfioPciFunction implements PciFunction {
     });
   }
 
-  /** As after power-on, with the BARs where firmware placed them: the guest asked for a function level reset. */
+  /**
+   * As after power-on, with the BARs where firmware placed them: the guest asked for a function level reset. What its
+   * driver mapped for the device stays mapped: it is the driver's, who may reset a device in the middle of its work and
+   * unmaps when it is done with the memory.
+   */
   private reset(): void {
     this.stop();
     this.config.restore(this.powerOn);
@@ -160,21 +169,43 @@ export class VfioPciFunction implements PciFunction {
   }
 
   close(): void {
+    try {
+      this.leave();
+    } finally {
+      // Mappings are undone after this; a device that is closed the kernel has taken off the bus, whatever failed here.
+      this.device.close();
+    }
+  }
+
+  /**
+   * The device failed, or the host takes it away: takes it out of the guest and makes it quiet, as far as it still
+   * answers; what it does no more is not worth a line. Its file stays open, for the host waits for it: closed before
+   * what is mapped for the device is unmapped, the host may take the device, and with the last one of a container all
+   * its mappings, while ours are still in the books.
+   */
+  lose(): void {
+    this.lost = true;
+    this.leave();
+  }
+
+  private leave(): void {
     if (this.closed) return;
     this.closed = true;
     this.stop();
     this.decoder.remove(this.bars);
     for (const { address, bytes } of this.mappings)
       this.attempt("munmap", () => this.device.unmap(address, bytes));
-    this.device.close();
   }
 
-  /** Nothing of the device reaches the guest, and the device reaches nothing. */
+  /**
+   * Nothing of the device reaches the guest, and the device reaches nothing. At the end and when a device is lost this
+   * comes before anything is unmapped. Unmapping waits until the IOMMU has forgotten the mapping, so even a device that
+   * does not obey reaches no page that was given back; this keeps one that does from running into faults.
+   */
   private stop(): void {
     // No more DMA; but the device goes on decoding until no vCPU reaches its BARs: an access would fault in KVM_RUN.
     this.attempt("bus mastering", () => {
-      this.command &= ~PCI.PCI_COMMAND_MASTER;
-      this.device.write(CONFIG, PCI.PCI_COMMAND, 2, this.command);
+      this.setCommand(this.command & ~PCI.PCI_COMMAND_MASTER);
     });
     for (const bar of this.bars) bar.decoding = false;
     this.attempt("BARs", () => this.decoder.settle());
@@ -186,11 +217,23 @@ export class VfioPciFunction implements PciFunction {
     this.attempt("reset", () => this.quiesce());
   }
 
-  /** Bus mastering off first: not every device survives a reset in the middle of its DMA. */
+  /**
+   * Bus mastering off first: not every device survives a reset in the middle of its DMA. A lost device that no longer
+   * answers is not reset: the host would wait for it for a minute. While the host unbinds a device it refuses to reset
+   * it (EAGAIN); bus mastering is off all the same.
+   */
   private quiesce(): void {
-    this.device.write(CONFIG, PCI.PCI_COMMAND, 2, 0);
     this.command = 0;
-    if (this.device.canReset) this.device.reset();
+    try {
+      this.setCommand(0);
+    } finally {
+      if (this.device.canReset && !(this.lost && this.isSilent())) this.device.reset();
+    }
+  }
+
+  /** Whether the device is gone from the bus: reads are all ones then, which is no class. */
+  private isSilent(): boolean {
+    return this.host(PCI.PCI_CLASS_REVISION, 4) === allOnes(4);
   }
 
   // ---- configuration space ----
@@ -352,12 +395,14 @@ export class VfioPciFunction implements PciFunction {
   private applyCommand(command: number): void {
     for (const bar of this.bars) bar.decoding &&= decodes(bar, command);
     this.decoder.settle();
-    if (command !== this.command) {
-      this.device.write(CONFIG, PCI.PCI_COMMAND, 2, command);
-      this.command = command;
-    }
+    if (command !== this.command) this.setCommand(command);
     for (const bar of this.bars) bar.decoding = decodes(bar, command);
     this.decoder.settle();
+  }
+
+  private setCommand(command: number): void {
+    this.device.write(CONFIG, PCI.PCI_COMMAND, 2, command | this.hostCommand);
+    this.command = command;
   }
 
   private applyDevctl(): void {
@@ -549,7 +594,7 @@ export class VfioPciFunction implements PciFunction {
   }
 
   private warn(kind: string, line: string): void {
-    if (this.warned.has(kind)) return;
+    if (this.lost || this.warned.has(kind)) return;
     this.warned.add(kind);
     this.warnLine(`${this.name}: ${line}`);
   }

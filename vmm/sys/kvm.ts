@@ -62,6 +62,7 @@ export const CONSTANT = {
   KVM_DEV_TYPE_VFIO: 4,
   KVM_DEV_VFIO_GROUP: 1,
   KVM_DEV_VFIO_GROUP_ADD: 1,
+  KVM_DEV_VFIO_GROUP_DEL: 2,
 } as const;
 
 /** Where several things overlay each other in a union, the member that is used is named (`io.port`). */

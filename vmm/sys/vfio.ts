@@ -10,6 +10,7 @@ export const IOCTL = {
   VFIO_SET_IOMMU: 0x3b66,
   VFIO_GROUP_GET_STATUS: 0x3b67,
   VFIO_GROUP_SET_CONTAINER: 0x3b68,
+  VFIO_GROUP_UNSET_CONTAINER: 0x3b69,
   VFIO_GROUP_GET_DEVICE_FD: 0x3b6a,
   VFIO_DEVICE_GET_INFO: 0x3b6b,
   VFIO_DEVICE_GET_REGION_INFO: 0x3b6c,
@@ -45,6 +46,8 @@ export const CONSTANT = {
   VFIO_PCI_INTX_IRQ_INDEX: 0,
   VFIO_PCI_MSI_IRQ_INDEX: 1,
   VFIO_PCI_MSIX_IRQ_INDEX: 2,
+  VFIO_PCI_ERR_IRQ_INDEX: 3,
+  VFIO_PCI_REQ_IRQ_INDEX: 4,
 } as const;
 
 /** A member that is itself called size is written `size_`: `size` is the structure's. */

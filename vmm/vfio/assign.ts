@@ -75,7 +75,7 @@ function freeSlot(owner: ReadonlyMap<number, string>, bdf: Bdf): number {
 export class OpenAssignments {
   private readonly byLabel = new Map<string, VfioContainer>();
   private readonly byNumber = new Map<number, VfioGroup>();
-  private devices: VfioDevice[] = [];
+  private readonly devices = new Map<Bdf, VfioDevice>();
 
   private constructor(private readonly assignments: readonly Assignment[]) {}
 
@@ -108,21 +108,39 @@ export class OpenAssignments {
     return [...this.byNumber.values()];
   }
 
-  containerOf(assignment: Assignment): VfioContainer {
-    return this.byLabel.get(assignment.domain)!;
-  }
-
   /** Opens the devices, in the order of the assignments. Throws a VmmError; close() then still has to be called. */
   openDevices(): readonly VfioDevice[] {
-    for (const { bdf, group } of this.assignments)
-      this.devices.push(this.byNumber.get(group)!.openDevice(bdf));
-    return this.devices;
+    return this.assignments.map(({ bdf, group }) => {
+      const device = this.byNumber.get(group)!.openDevice(bdf);
+      this.devices.set(bdf, device);
+      return device;
+    });
+  }
+
+  /**
+   * Gives one device back to the host while the others stay: nothing of it is used any more, and what was mapped for it
+   * alone is unmapped. With the last of its IOMMU group the group leaves the container: from then on nothing of that
+   * group reaches what is mapped for others (all of RAM, in an identity domain). While another device of the group is
+   * assigned, the IOMMU cannot tell the two apart, and what keeps this one quiet is that the kernel turns off bus
+   * mastering, and where it can resets it, when its file is closed. `letGo` is called before the group is closed: a
+   * kernel of 6.1 lets the host's unbind wait until everybody who holds the group's file, KVM too, has closed it.
+   * The container stays open, for vCPUs' threads know its file by number.
+   */
+  giveBack(bdf: Bdf, letGo: (group: VfioGroup) => void): void {
+    this.devices.get(bdf)?.close();
+    this.devices.delete(bdf);
+    const number = this.assignments.find((assignment) => assignment.bdf === bdf)!.group;
+    const group = this.byNumber.get(number);
+    const shared = this.assignments.some((other) => other.group === number && this.devices.has(other.bdf));
+    if (group === undefined || shared) return;
+    this.byNumber.delete(number);
+    forEachAnyway([() => letGo(group), () => group.detach(), () => group.close()], (step) => step());
   }
 
   /** Closes devices that are still open, then groups and containers, and with them every mapping. */
   close(): void {
-    const all = [...this.devices, ...this.byNumber.values(), ...this.byLabel.values()];
-    this.devices = [];
+    const all = [...this.devices.values(), ...this.byNumber.values(), ...this.byLabel.values()];
+    this.devices.clear();
     this.byNumber.clear();
     this.byLabel.clear();
     forEachAnyway(all, (each) => each.close());

@@ -46,7 +46,7 @@ export interface VfioDeviceAccess {
   readonly canReset: boolean;
   /** `index` as VFIO numbers them: 0 to 5 the BARs, 7 configuration space. */
   region(index: number): RegionInfo;
-  /** `index`: 0 INTx, 1 MSI, 2 MSI-X. */
+  /** `index`: 0 INTx, 1 MSI, 2 MSI-X, 3 errors, 4 requests to give the device back. */
   irq(index: number): IrqInfo;
   /** One access of the device, naturally aligned; `offset` in bytes from the region's start. */
   read(region: number, offset: number, width: Width): number;

@@ -4,6 +4,7 @@ import { type Gpa, gpa, type Hva, hva, type Iova, iova, PAGE_BYTES } from "../..
 import type { DmaBackend } from "../../../hypercalls/backend.js";
 import {
   createEngineState,
+  type DeviceConfig,
   Engine,
   type EngineConfig,
   type EngineState,
@@ -44,7 +45,7 @@ export const RANGES = [
   { first: 0xfef00000, last: 2 ** 39 - 1 },
 ];
 
-/** What to do instead of the next call: fail with an errno, or (unmap) unmap only the first entry in the range. */
+/** What to do instead of the next call: fail with an errno, or (unmap) unmap only the first entry of the range. */
 export type Fault = { readonly errno: number } | "partly" | undefined;
 
 /** A software IOMMU whose calls can be made to fail, with a record of the entries that are really mapped. */
@@ -56,7 +57,7 @@ export class FaultyBackend implements DmaBackend {
   unmapFault: () => Fault = () => undefined;
   maps = 0;
   unmaps = 0;
-  /** IOVA pages of the entries that were mapped, in order; for tests to empty. */
+  /** What came of the map calls, in order: the IOVA page, or -1 when it failed; for tests to empty. */
   readonly mapped: number[] = [];
 
   constructor(type1: Type1) {
@@ -66,12 +67,10 @@ export class FaultyBackend implements DmaBackend {
   map(at: Iova, from: Hva, bytes: number, access: number): number {
     this.maps++;
     const fault = this.mapFault();
-    if (fault !== undefined && fault !== "partly") return fault.errno;
-    const errno = this.type1.map(at, from, bytes, access);
-    if (errno === 0) {
-      this.entries.set(at / PAGE, { pages: bytes / PAGE, hva: from });
-      this.mapped.push(at / PAGE);
-    }
+    const injected = fault !== undefined && fault !== "partly";
+    const errno = injected ? fault.errno : this.type1.map(at, from, bytes, access);
+    this.mapped.push(errno === 0 ? at / PAGE : -1);
+    if (errno === 0) this.entries.set(at / PAGE, { pages: bytes / PAGE, hva: from });
     return errno;
   }
 
@@ -79,15 +78,16 @@ export class FaultyBackend implements DmaBackend {
     this.unmaps++;
     const fault = this.unmapFault();
     if (fault !== undefined && fault !== "partly") return -fault.errno;
-    let length = bytes;
+    const end = (at + bytes) / PAGE;
+    let first = at / PAGE;
+    while (first < end && !this.entries.has(first)) first++;
     if (fault === "partly") {
-      length = (this.entries.get(at / PAGE)?.pages ?? 0) * PAGE;
-      if (length === 0) return 0;
+      if (first === end) return 0;
+      at = iova(first * PAGE);
+      bytes = this.entries.get(first)!.pages * PAGE;
     }
-    const unmapped = this.type1.unmap(at, length);
-    for (const page of this.entries.keys()) {
-      if (unmapped > 0 && page >= at / PAGE && page < (at + length) / PAGE) this.entries.delete(page);
-    }
+    const unmapped = this.type1.unmap(at, bytes);
+    if (unmapped > 0) for (; first < (at + bytes) / PAGE; first++) this.entries.delete(first);
     return unmapped;
   }
 }
@@ -96,43 +96,56 @@ export interface Fixture {
   readonly state: EngineState;
   readonly engine: Engine;
   readonly backends: readonly FaultyBackend[];
-  /** How often a RAM page is pinned. */
-  readonly pinCount: (ramPage: number) => number;
+  /** How often a RAM page is pinned: for a device, or in all. */
+  readonly pinCount: (ramPage: number, handle?: number) => number;
 }
 
 export interface FixtureOptions {
+  /** Entries that the IOMMU says it has. */
   readonly entries?: number;
+  /** Entries that it really has (others may use some), and memory that can be locked. */
+  readonly hostEntries?: number;
+  readonly lockedBytesMax?: number;
   readonly quotaBytes?: number;
+  /** By handle. */
+  readonly deviceQuotaBytes?: Readonly<Record<number, number>>;
+  readonly lockableBytes?: number;
   readonly ranges?: readonly { readonly first: number; readonly last: number }[];
 }
 
 /**
  * Domain 0 is translated and has the devices 1 (39 bits) and 2 (39 bits), domain 1 is translated and has device 3,
- * domain 2 is an identity domain with device 4; not mapped yet.
+ * domain 2 is an identity domain with device 4; not mapped yet. Device N is called 0000:0N:00.0.
  */
 export function makeEngine(options: FixtureOptions = {}): Fixture {
   const ranges = options.ranges ?? RANGES;
-  const type1 = () => new Type1({ ranges, entries: options.entries ?? 4096, memory: RAM });
+  const entries = options.entries ?? 4096;
+  const { hostEntries = entries, lockedBytesMax = Number.POSITIVE_INFINITY } = options;
+  const type1 = () => new Type1({ ranges, entries: hostEntries, lockedBytesMax, memory: RAM });
   const backends = [0, 1, 2].map(() => new FaultyBackend(type1()));
+  const device = (handle: number, bdf: number, domain: number): DeviceConfig => ({
+    name: `0000:0${handle}:00.0`,
+    bdf,
+    policy: domain === 2 ? "pinned" : "strict",
+    domain,
+    addressBits: 39,
+    quotaBytes: options.deviceQuotaBytes?.[handle] ?? 0,
+  });
   const config: EngineConfig = {
     ram: RAM,
     domains: backends.map((backend, index) => ({
       kind: index === 2 ? "identity" : "translated",
-      limits: backend.type1.limits(),
+      limits: { ...backend.type1.limits(), entries },
     })),
-    devices: [
-      { bdf: 0x10, policy: "strict", domain: 0, addressBits: 39 },
-      { bdf: 0x18, policy: "strict", domain: 0, addressBits: 39 },
-      { bdf: 0x10020, policy: "strict", domain: 1, addressBits: 39 },
-      { bdf: 0x28, policy: "pinned", domain: 2, addressBits: 39 },
-    ],
+    devices: [device(1, 0x10, 0), device(2, 0x18, 0), device(3, 0x10020, 1), device(4, 0x28, 2)],
     quotaBytes: options.quotaBytes ?? 0,
+    lockableBytes: options.lockableBytes ?? 0,
     lanes: 2,
   };
   const state = createEngineState(config);
   const engine = new Engine(state, (domain) => backends[domain]!, 0);
-  const pins = new Pins(state.pins, 0);
-  return { state, engine, backends, pinCount: (page) => pins.countOf(page) };
+  const pins = [state.pins, ...state.devicePins].map((memory) => new Pins(memory, 0, "own"));
+  return { state, engine, backends, pinCount: (page, handle = 0) => pins[handle]!.countOf(page) };
 }
 
 /** One gauge or counter. */

@@ -184,6 +184,8 @@ export class Machine implements PciMachine {
 }
 
 export const CONFIG_REGION = 7;
+/** By VFIO's index. */
+const IRQ_NAMES = ["INTx", "MSI", "MSI-X", "errors", "requests"];
 
 interface DeviceOptions {
   readonly bars?: readonly {
@@ -193,7 +195,8 @@ interface DeviceOptions {
     readonly areas?: readonly Area[];
   }[];
   readonly config?: (config: DataView) => void;
-  readonly irqs?: readonly [intx: number, msi: number, msix: number];
+  /** How many of each, by VFIO's index. */
+  readonly irqs?: readonly number[];
   readonly growable?: boolean;
   readonly canReset?: boolean;
 }
@@ -211,6 +214,9 @@ export class Device implements VfioDeviceAccess {
   resets = 0;
   closed = false;
   failEnable = false;
+  /** Every write of a register fails; so does a reset. */
+  failWrites = false;
+  failReset = false;
   readonly #options: DeviceOptions;
   #hva = 0x7f0000000000;
 
@@ -248,6 +254,7 @@ export class Device implements VfioDeviceAccess {
 
   write(region: number, offset: number, width: Width, value: number): void {
     const view = this.#view(region, offset, width);
+    if (this.failWrites) throw new SystemError("write", 5, "EIO");
     breachIf(value !== value >>> 0 || value > 2 ** (8 * width) - 1, `value ${value} of width ${width}`);
     if (region === CONFIG_REGION) {
       this.machine.log.push(`config 0x${offset.toString(16)}=0x${value.toString(16)}`);
@@ -285,7 +292,7 @@ export class Device implements VfioDeviceAccess {
       `vectors ${start}+${fds.length}`,
     );
     breachIf(
-      this.triggers.some((other, kind) => kind !== irq && other !== undefined),
+      irq < 3 && this.triggers.some((other, kind) => kind < 3 && kind !== irq && other !== undefined),
       "two kinds of interrupts at once",
     );
     if (this.failEnable) throw new SystemError("VFIO_DEVICE_SET_IRQS", 28, "ENOSPC");
@@ -296,7 +303,7 @@ export class Device implements VfioDeviceAccess {
     for (const [i, fd] of fds.entries()) now[start + i] = fd;
     this.triggers[irq] = now;
     const shown = fds.map((fd) => (fd < 0 ? "-" : "fd")).join("");
-    this.machine.log.push(`set ${["INTx", "MSI", "MSI-X"][irq]} ${start}: ${shown}`);
+    this.machine.log.push(`set ${IRQ_NAMES[irq]} ${start}: ${shown}`);
   }
 
   setUnmask(irq: number, fd: number): void {
@@ -306,12 +313,13 @@ export class Device implements VfioDeviceAccess {
 
   disableIrq(irq: number): void {
     this.triggers[irq] = undefined;
-    this.machine.log.push(`disable ${["INTx", "MSI", "MSI-X"][irq]}`);
+    this.machine.log.push(`disable ${IRQ_NAMES[irq]}`);
   }
 
   reset(): void {
     breachIf(!this.canReset, "reset of a device that has none");
-    breachIf((this.config.getUint16(4, true) & 4) !== 0, "reset with bus mastering on");
+    breachIf((this.config.getUint16(4, true) & 4) !== 0 && !this.failWrites, "reset with bus mastering on");
+    if (this.failReset) throw new SystemError("VFIO_DEVICE_RESET", 11, "EAGAIN");
     this.resets++;
     this.machine.log.push("reset");
   }

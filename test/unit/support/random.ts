@@ -1,8 +1,12 @@
 // Reproducible randomness for tests: a failure names the seed, the seed repeats the failure.
 
-const { PVDMA_SOAK } = process.env;
-/** True for the long form of the randomized tests. */
-export const SOAK = PVDMA_SOAK === "1";
+export { SOAK } from "../../soak.js";
+
+/** The seeds of a randomized test: 0 to count - 1, or the one that PVDMA_SEED names, to repeat a failure. */
+export function seeds(count: number): number[] {
+  const { PVDMA_SEED } = process.env;
+  return PVDMA_SEED === undefined ? Array.from({ length: count }, (_, seed) => seed) : [Number(PVDMA_SEED)];
+}
 
 /** A 32-bit xorshift generator (Marsaglia 2003); good enough to stumble over bugs. */
 export class Random {
