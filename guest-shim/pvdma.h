@@ -21,7 +21,7 @@ struct pvdma_stat {
 	unsigned int index;
 };
 
-#define PVDMA_STATS	16
+#define PVDMA_STATS	19
 
 /*
  * An assigned device. They stand in one array, so that a device's operations lead
@@ -37,9 +37,16 @@ struct pvdma_device {
 	bool identity;
 	bool installed;			/* and holds a reference to the module */
 	u32 list_entries;		/* entries of one map_list; 1: no lists */
+	bool lost;			/* the host no longer has it, and it is removed */
+	bool unclean;			/* the host may hold mappings of before */
+	s64 stale;			/* of what is outstanding: of earlier drivers */
 	u64 iova_last;			/* last address the host's IOMMU translates */
+	u64 mapping_max;		/* longest mapping drivers should make, bytes */
 	struct pvdma_counters __percpu *counters;
 	struct xarray below;		/* iova page to page below, if lower */
+	struct xarray memory;		/* what drivers have of ours: page to era */
+	unsigned long era;		/* of what is mapped; a release ends it */
+	bool removed;			/* from the bus, but its memory is not back */
 	struct work_struct settle;
 	struct dentry *dir;
 	struct pvdma_stat stats[PVDMA_STATS];
@@ -53,6 +60,8 @@ DECLARE_PER_CPU(struct pvdma_counters, pvdma_counters);
 
 /* pvdma_main.c */
 struct pvdma_device *pvdma_find(const struct device *dev);
+void pvdma_lose(struct pvdma_device *p);
+void pvdma_memory_is_back(struct pvdma_device *p);
 
 /* The device whose ops these are; NULL when nobody here knows it. */
 static inline struct pvdma_device *pvdma_of(struct device *dev)
@@ -68,6 +77,7 @@ static inline struct pvdma_device *pvdma_of(struct device *dev)
 
 /* pvdma_ops.c: ops over the direct map, and the two steps both kinds share */
 extern const struct dma_map_ops pvdma_direct_ops;
+extern const struct dma_map_ops pvdma_refusing_ops;	/* map nothing */
 
 u32 pvdma_make(struct pvdma_device *p, u64 below, u64 bytes, u64 iova_max,
 	       u32 flags, unsigned long attrs, u64 *iova);
@@ -101,6 +111,9 @@ void pvdma_stats_exit(void);
 void pvdma_stats_add(struct pvdma_device *p);
 void pvdma_stats_remove(struct pvdma_device *p);
 s64 pvdma_outstanding(const struct pvdma_device *p);
+s64 pvdma_stuck(const struct pvdma_device *p);
 u64 pvdma_outstanding_bytes(const struct pvdma_device *p);
+void pvdma_count_left(struct pvdma_device *p, s64 leaked);
+void pvdma_nothing_outstanding(struct pvdma_device *p);
 
 #endif /* PVDMA_H */

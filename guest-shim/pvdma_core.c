@@ -127,7 +127,49 @@ u32 pvdma_is_assigned(const struct pvdma_host *host,
 	answer->policy = (u32)frame.rsi & PVDMA_DEVICE_POLICY_MASK;
 	answer->identity = frame.rsi & PVDMA_DEVICE_IDENTITY;
 	answer->iova_bits = (u32)frame.r8;
+	/* a host of 1.0 leaves these as they were asked: 0 */
+	answer->runs = frame.r9;
+	answer->pinned_bytes = frame.r10;
 	return status;
+}
+
+/*
+ * How large may a mapping be that has to fit beside what the driver keeps mapped?
+ *
+ * A map is all or nothing, and who waits for one holds none: what a driver does to
+ * a request before it fails is undone (nvme gives back the data's mapping when it
+ * gets no memory for the list of its pages, and map_sg its first ranges when a
+ * later one fails). So requests that are under way finish, what they had comes
+ * back, and it is enough that any one request fits beside what is there for good.
+ *
+ * Let n be the runs or the pages, whichever is less, that can be mapped at a time. A
+ * request of k pages takes up to k + 1: each page may be a run of its own, and the
+ * first byte need not be a page's first.
+ *
+ * For good are the driver's queues, s of them, and the pages of its dma_pools, which
+ * grow and never shrink: nvme takes a page for each request under way of 34 pages
+ * and more, and for every 16 shorter ones. When the pools grew, each of these
+ * requests had a run mapped at least, so that they are half of n - s at most. This
+ * leaves (n - s) / 2 to a request, and with half of n for s, n / 4: k = n / 4 - 1.
+ *
+ * nvme takes this size from max_mapping_size on 6.1 and from opt_mapping_size on
+ * 6.12, so one must not be larger than the other. Devices that share a domain have
+ * their queues in s together. A limit below 8 leaves one page, and to luck whether
+ * the queues leave two runs for it.
+ *
+ * With 65,535 runs it is 64 MiB, more than drivers ask for (nvme 8 MiB).
+ */
+u64 pvdma_mapping_max(const struct pvdma_host *host,
+		      const struct pvdma_assignment *device)
+{
+	u64 n = device->runs ? device->runs : ~0ull;
+	u64 pages = host->map_pages;
+
+	if (device->pinned_bytes && device->pinned_bytes >> PVDMA_PAGE_SHIFT < n)
+		n = device->pinned_bytes >> PVDMA_PAGE_SHIFT;
+	if (n / 4 < pages)
+		pages = n / 4;
+	return (pages > 2 ? pages - 1 : 1) << PVDMA_PAGE_SHIFT;
 }
 
 static void count_made(struct pvdma_counters *counters, u64 pages)
@@ -140,6 +182,27 @@ static void count_undone(struct pvdma_counters *counters, u64 pages)
 {
 	counters->pages_unmapped += pages;
 	counters->outstanding--;
+}
+
+void pvdma_count_released(struct pvdma_counters *counters, s64 mappings, u64 pages)
+{
+	counters->pages_released += pages;
+	counters->outstanding -= mappings;
+}
+
+/* A mapping that was not unmapped: is it there all the same? */
+static u32 give_up_unmap(struct pvdma_counters *counters, u32 status, u64 pages)
+{
+	switch (class_of(status)) {
+	case PVDMA_STATUS_GONE:
+		pvdma_count_released(counters, 1, pages);
+		break;
+	case PVDMA_STATUS_RETRY:
+	case PVDMA_STATUS_LIMIT:
+		counters->stuck++;
+		break;
+	}
+	return give_up(counters, status);
 }
 
 /* Can a device that emits addresses up to iova_max use [iova, bytes)? */
@@ -177,9 +240,25 @@ u32 pvdma_unmap(const struct pvdma_host *host, struct pvdma_counters *counters,
 	u32 status = call(host, counters, PVDMA_CALL_UNMAP, &frame, PVDMA_UNMAP_TRIES);
 
 	if (class_of(status))
-		return give_up(counters, status);
+		return give_up_unmap(counters, status, pvdma_pages(iova, bytes));
 	count_undone(counters, pvdma_pages(iova, bytes));
 	counters->unmaps++;
+	return status;
+}
+
+u32 pvdma_release(const struct pvdma_host *host, struct pvdma_counters *counters,
+		  u32 handle, struct pvdma_released *released)
+{
+	struct pvdma_frame frame = { .rdi = handle };
+	u32 status;
+
+	if (!(host->features & PVDMA_FEATURE_RELEASE))
+		return PVDMA_STATUS_INVALID;
+	status = call(host, counters, PVDMA_CALL_RELEASE, &frame, PVDMA_UNMAP_TRIES);
+	if (class_of(status))
+		return give_up(counters, status);
+	released->mappings = frame.rdi;
+	released->bytes = frame.rsi;
 	return status;
 }
 
@@ -299,12 +378,16 @@ u32 pvdma_unmap_list(const struct pvdma_host *host,
 		/* ok, and yet not all: nothing says why */
 		if (!class_of(status))
 			status = PVDMA_STATUS_INVALID;
-		give_up(counters, status);
 		if (!first_bad)
 			first_bad = status;
 		if (count) {
-			(*failed)++;
+			give_up_unmap(counters, status, pvdma_pages(entries[0].address,
+								    entries[0].bytes));
+			if (class_of(status) != PVDMA_STATUS_GONE)
+				(*failed)++;
 			count = drop_entries(entries, count, 1);
+		} else {
+			give_up(counters, status);
 		}
 		tries = PVDMA_UNMAP_TRIES;
 	}

@@ -80,6 +80,14 @@ struct pvdma_assignment {
 	u32 policy;		/* PVDMA_POLICY_* */
 	bool identity;		/* iova = gpa */
 	u32 iova_bits;
+	u64 runs;		/* of memory its IOMMU domain maps at a time; 0: not told */
+	u64 pinned_bytes;	/* most that can be pinned for it; 0: no limit is known */
+};
+
+/* What release took back. */
+struct pvdma_released {
+	u64 mappings;
+	u64 bytes;
 };
 
 /* An entry of a list in the call page. */
@@ -93,7 +101,7 @@ struct pvdma_entry {
  * of its own and keeps interrupts out while a function here runs.
  */
 struct pvdma_counters {
-	u64 calls[PVDMA_CALL_UNMAP_LIST + 1];	/* by call, repeats included */
+	u64 calls[PVDMA_CALL_RELEASE + 1];	/* by call, repeats included */
 	u64 maps;		/* mappings made by map */
 	u64 unmaps;		/* mappings undone by unmap */
 	u64 map_lists;		/* mappings made by map_list */
@@ -102,7 +110,10 @@ struct pvdma_counters {
 	u64 pages_unmapped;
 	u64 retries;		/* calls repeated because the host said retry */
 	u64 errors[PVDMA_STATUS_GONE + 1];	/* operations given up, by class */
+	u64 pages_released;	/* undone without an unmap: with their device, by release */
 	s64 outstanding;	/* mappings made and not undone */
+	s64 stuck;		/* of these, unmapped in vain: the host would not */
+	u64 leaked;		/* mappings that drivers left behind: the caller's to count */
 };
 
 /**
@@ -141,7 +152,11 @@ u32 pvdma_map(const struct pvdma_host *host, struct pvdma_counters *counters,
 	      u32 handle, u64 gpa, u64 bytes, u64 iova_max, u32 flags,
 	      u64 *iova);
 
-/** pvdma_unmap() - take back one mapping; @iova and @bytes as it was made */
+/**
+ * pvdma_unmap() - take back one mapping; @iova and @bytes as it was made
+ *
+ * Return: a status. With the device the mapping is gone, too.
+ */
 u32 pvdma_unmap(const struct pvdma_host *host, struct pvdma_counters *counters,
 		u32 handle, u64 iova, u64 bytes);
 
@@ -190,13 +205,35 @@ u32 pvdma_map_list(const struct pvdma_host *host,
  * @entries: the call page, filled with @count mappings; destroyed
  * @failed: how many of them the host did not unmap
  *
- * A mapping that fails is stepped over, the rest is still unmapped.
+ * A mapping that fails is stepped over, the rest is still unmapped. What is gone
+ * with its device has not failed.
  * Return: the first status that was not ok.
  */
 u32 pvdma_unmap_list(const struct pvdma_host *host,
 		     struct pvdma_counters *counters, u32 handle,
 		     struct pvdma_entry *entries, u64 page_gpa, u32 count,
 		     u32 *failed);
+
+/**
+ * pvdma_release() - take back all that is mapped for a device
+ *
+ * The device has to be stopped first: bus mastering off, or reset. A host without
+ * the call is not asked: invalid. What it undoes is the caller's to count, with
+ * pvdma_count_released().
+ */
+u32 pvdma_release(const struct pvdma_host *host, struct pvdma_counters *counters,
+		  u32 handle, struct pvdma_released *released);
+
+/** pvdma_count_released() - @mappings of @pages pages in all went without an unmap */
+void pvdma_count_released(struct pvdma_counters *counters, s64 mappings, u64 pages);
+
+/**
+ * pvdma_mapping_max() - the longest mapping a driver should make, in bytes
+ *
+ * Whole pages, at least one: what can be mapped at some time, if not at any.
+ */
+u64 pvdma_mapping_max(const struct pvdma_host *host,
+		      const struct pvdma_assignment *device);
 
 /** pvdma_pages() - pages that @bytes bytes (at least 1) from @address touch */
 static inline u64 pvdma_pages(u64 address, u64 bytes)

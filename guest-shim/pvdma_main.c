@@ -31,6 +31,7 @@ DEFINE_PER_CPU(struct pvdma_counters, pvdma_counters);
 static DEFINE_XARRAY(pvdma_known);
 #define PVDMA_NOT_OURS	xa_mk_value(0)
 static DEFINE_MUTEX(pvdma_lock);
+static struct workqueue_struct *pvdma_queue;
 
 /* Slow way to a device, for callers that come through ops stacked over ours. */
 struct pvdma_device *pvdma_find(const struct device *dev)
@@ -50,29 +51,113 @@ static bool pvdma_needs_no_ops(const struct pvdma_device *p)
 	return p->policy == PVDMA_POLICY_PINNED && p->identity;
 }
 
-/* Takes the ops out again. Called with pvdma_lock. */
+static bool pvdma_can_release(const struct pvdma_device *p)
+{
+	/* over a lower layer, what is unmapped late has to be found at the host */
+	return !p->identity && pvdma_host.features & PVDMA_FEATURE_RELEASE &&
+	       xa_empty(&p->below);
+}
+
+/*
+ * Takes back at the host all that is mapped for a device without a driver: what its
+ * last one left, what the host could not unmap, what a kernel before this one had.
+ * Bus mastering goes off first, since nothing may be unpinned that a device still
+ * writes to; drivers turn it on in their probe, the PCI core needs it for nothing.
+ * Called with pvdma_lock.
+ */
+static void pvdma_reclaim(struct pvdma_device *p)
+{
+	struct pvdma_released released = { 0 };
+	unsigned long irq;
+	u32 status;
+
+	if (!pvdma_can_release(p))
+		return;
+	pci_clear_master(to_pci_dev(p->dev));
+	local_irq_save(irq);
+	status = pvdma_release(&pvdma_host, this_cpu_ptr(p->counters), p->handle,
+			       &released);
+	local_irq_restore(irq);
+	p->unclean = !pvdma_unreachable(status);
+	if (p->unclean) {
+		dev_err(p->dev, "pvdma: the host has not released all that is mapped: %s (errno %u); binding a driver asks again\n",
+			pvdma_status_name(status), PVDMA_STATUS_ERRNO(status));
+		return;
+	}
+	if (released.mappings)
+		dev_info(p->dev, "pvdma: the host released %llu mappings (%llu bytes)\n",
+			 released.mappings, released.bytes);
+	pvdma_nothing_outstanding(p);
+	p->stale = 0;
+	xa_lock_irq(&p->memory);
+	p->era++;
+	xa_unlock_irq(&p->memory);
+}
+
+static void pvdma_tell_left(struct pvdma_device *p, s64 mappings, const char *why)
+{
+	if (mappings > 0)
+		dev_warn(p->dev, "pvdma: %lld mappings left %s, %llu bytes are mapped%s\n",
+			 mappings, why, pvdma_outstanding_bytes(p),
+			 pvdma_can_release(p) ? "" : "; the host keeps them");
+}
+
+/*
+ * Says what is still mapped when a driver has gone: its leak is what it never
+ * unmapped, not what the host would not unmap. False: nothing. With pvdma_lock.
+ */
+static bool pvdma_report_left(struct pvdma_device *p)
+{
+	s64 all = pvdma_outstanding(p) - p->stale;
+	s64 stuck = min(all, pvdma_stuck(p));
+
+	pvdma_tell_left(p, all - stuck, "behind by the driver");
+	pvdma_tell_left(p, stuck, "because the host did not unmap them");
+	pvdma_count_left(p, all - stuck);
+	p->stale += all;
+	return all > 0;
+}
+
+/*
+ * Leaves nothing mapped and takes the ops out again. But the ops, and with them the
+ * module, stay while the driver that is gone still has memory of ours: it goes back
+ * the way it came, or not at all. Called with pvdma_lock.
+ */
 static void pvdma_uninstall(struct pvdma_device *p)
 {
-	s64 left = pvdma_outstanding(p);
+	struct device *dev = p->dev;
+	bool left;
 
 	if (!p->installed)
 		return;
-	if (get_dma_ops(p->dev) != &p->ops) {
-		dev_warn(p->dev, "pvdma: other DMA ops lie over ours, which stay: remove those first\n");
+	if (get_dma_ops(dev) != &p->ops) {
+		dev_warn(dev, "pvdma: other DMA ops lie over ours, which stay: remove those first\n");
 		return;
 	}
-	if (left)
-		dev_warn(p->dev, "pvdma: the driver left %lld mappings (%llu bytes) behind; the host keeps them\n",
-			 left, pvdma_outstanding_bytes(p));
-	set_dma_ops(p->dev, p->lower);
+	left = pvdma_report_left(p);
+	pvdma_reclaim(p);
+	if (!xa_empty(&p->memory) || !xa_empty(&p->below)) {
+		if (left)
+			dev_info(dev, "pvdma: the DMA ops stay until the driver's memory is given back\n");
+		return;
+	}
+	set_dma_ops(dev, p->lower);
 	p->installed = false;
+	put_device(dev);
 	module_put(THIS_MODULE);
+}
+
+/* Frees the slot of a device that is no longer on the bus. With pvdma_lock. */
+static void pvdma_drop(struct pvdma_device *p)
+{
+	pvdma_stats_remove(p);
+	WRITE_ONCE(p->dev, NULL);
 }
 
 /*
  * A probe that failed: what the driver took by devres is given back only after
  * the notification, and has to go back the way it came. So wait for the device's
- * lock and look again.
+ * lock and look again. And memory that came back when its driver had long gone.
  */
 static void pvdma_settle(struct work_struct *work)
 {
@@ -83,10 +168,58 @@ static void pvdma_settle(struct work_struct *work)
 	if (!dev->driver) {
 		mutex_lock(&pvdma_lock);
 		pvdma_uninstall(p);
+		if (p->removed && !p->installed)
+			pvdma_drop(p);
 		mutex_unlock(&pvdma_lock);
 	}
 	device_unlock(dev);
 	put_device(dev);
+}
+
+/* The last memory that an earlier driver had is back. From any context. */
+void pvdma_memory_is_back(struct pvdma_device *p)
+{
+	get_device(p->dev);
+	if (!queue_work(pvdma_queue, &p->settle))
+		put_device(p->dev);
+}
+
+struct pvdma_loss {
+	struct work_struct work;
+	struct pci_dev *pdev;
+};
+
+static void pvdma_remove_lost(struct work_struct *work)
+{
+	struct pvdma_loss *loss = container_of(work, struct pvdma_loss, work);
+
+	pci_err(loss->pdev, "pvdma: the host no longer has this device: removed\n");
+	loss->pdev->error_state = pci_channel_io_perm_failure;
+	pci_stop_and_remove_bus_device_locked(loss->pdev);
+	pci_dev_put(loss->pdev);
+	kfree(loss);
+}
+
+/*
+ * The host no longer has the device. Its driver does not know: a map that fails has
+ * no reasons, so that nvme would try single pages again for ever, those of its own
+ * reset included. To the guest this is a card that was pulled out: nobody answers at
+ * its address, and its driver goes, which ends whatever waits. From any context.
+ */
+void pvdma_lose(struct pvdma_device *p)
+{
+	struct pvdma_loss *loss;
+
+	if (xchg(&p->lost, true))
+		return;
+	loss = kmalloc(sizeof(*loss), GFP_ATOMIC | __GFP_NOWARN);
+	if (!loss) {	/* the next call that fails tries again */
+		WRITE_ONCE(p->lost, false);
+		return;
+	}
+	INIT_WORK(&loss->work, pvdma_remove_lost);
+	loss->pdev = pci_dev_get(to_pci_dev(p->dev));
+	queue_work(pvdma_queue, &loss->work);
 }
 
 /* Puts our ops over the device's, before its driver probes. With pvdma_lock. */
@@ -94,6 +227,8 @@ static void pvdma_install(struct pvdma_device *p)
 {
 	struct device *dev = p->dev;
 
+	/* of a probe that failed: what it had by devres has been given back by now */
+	pvdma_uninstall(p);
 	if (p->installed)
 		return;
 	if (pvdma_ops_ignored(dev)) {
@@ -111,6 +246,9 @@ static void pvdma_install(struct pvdma_device *p)
 	/* fails only while the module is on its way out */
 	if (!try_module_get(THIS_MODULE))
 		return;
+	if (p->unclean)
+		pvdma_reclaim(p);
+	get_device(dev);
 	set_dma_ops(dev, &p->ops);
 	p->installed = true;
 }
@@ -136,19 +274,29 @@ static struct pvdma_device *pvdma_new(struct device *dev,
 	p->policy = answer->policy;
 	p->identity = answer->identity;
 	p->installed = false;
+	p->lost = false;
+	p->removed = false;
 	/* one range for a list of pages needs addresses of its own */
 	lists = pvdma_host.list_entries && !answer->identity;
 	p->list_entries = lists ? pvdma_host.list_entries : 1;
+	/* a kernel that crashed may have been here before (kdump) */
+	p->unclean = true;
+	p->stale = 0;
+	p->mapping_max = pvdma_mapping_max(&pvdma_host, answer);
 	p->iova_last = answer->iova_bits && answer->iova_bits < 64 ?
 		       (1ull << answer->iova_bits) - 1 : U64_MAX;
 	xa_init_flags(&p->below, XA_FLAGS_LOCK_IRQ);
+	xa_init_flags(&p->memory, XA_FLAGS_LOCK_IRQ);
 	INIT_WORK(&p->settle, pvdma_settle);
 	WRITE_ONCE(p->dev, dev);
 	pvdma_stats_add(p);
 	return p;
 }
 
-/* The call that is made once per device. With pvdma_lock. */
+/*
+ * The call that is made once per device: the assigned device, NULL if it is not,
+ * or an error when there is no answer or no room for it. With pvdma_lock.
+ */
 static struct pvdma_device *pvdma_ask(struct device *dev)
 {
 	struct pci_dev *pdev = to_pci_dev(dev);
@@ -163,17 +311,17 @@ static struct pvdma_device *pvdma_ask(struct device *dev)
 				   &answer);
 	local_irq_restore(irq);
 	if (PVDMA_STATUS_CLASS(status)) {
-		dev_err(dev, "pvdma: not served: the host does not say whether it is assigned: %s (errno %u)\n",
+		dev_err(dev, "pvdma: the host does not say whether it is assigned: %s (errno %u)\n",
 			pvdma_status_name(status), PVDMA_STATUS_ERRNO(status));
-		return NULL;
+		return ERR_PTR(-EIO);
 	}
 	if (!answer.handle)
 		return NULL;
 	p = pvdma_new(dev, &answer);
 	if (!p) {
-		dev_err(dev, "pvdma: not served: out of memory, or more than %u assigned devices\n",
+		dev_err(dev, "pvdma: out of memory, or more than %u assigned devices\n",
 			PVDMA_DEVICES_MAX);
-		return NULL;
+		return ERR_PTR(-ENOMEM);
 	}
 	dev_info(dev, "pvdma: assigned, handle %u, policy %s, %s addresses%s\n",
 		 p->handle, pvdma_policy_name(p->policy),
@@ -182,7 +330,7 @@ static struct pvdma_device *pvdma_ask(struct device *dev)
 	return p;
 }
 
-/* The assigned device, or NULL. Asks the host the first time. With pvdma_lock. */
+/* As pvdma_ask(), which an answer makes superfluous for good. With pvdma_lock. */
 static struct pvdma_device *pvdma_get(struct device *dev)
 {
 	unsigned long key = (unsigned long)dev;
@@ -193,12 +341,38 @@ static struct pvdma_device *pvdma_get(struct device *dev)
 		return xa_is_value(known) ? NULL : known;
 	/* a place for the answer first: without one it would be asked for again */
 	if (xa_reserve(&pvdma_known, key, GFP_KERNEL)) {
-		dev_err(dev, "pvdma: not served: out of memory\n");
-		return NULL;
+		dev_err(dev, "pvdma: out of memory\n");
+		return ERR_PTR(-ENOMEM);
 	}
 	p = pvdma_ask(dev);
-	xa_store(&pvdma_known, key, p ?: PVDMA_NOT_OURS, GFP_KERNEL);
+	if (IS_ERR(p))
+		xa_release(&pvdma_known, key);
+	else
+		xa_store(&pvdma_known, key, p ?: PVDMA_NOT_OURS, GFP_KERNEL);
 	return p;
+}
+
+/*
+ * A device that may be assigned and cannot be served: on the direct map its driver
+ * would think that all went well, while the host's IOMMU drops what the device
+ * sends. So whatever the driver maps fails, and the next one is luckier.
+ */
+static void pvdma_refuse(struct device *dev)
+{
+	if (get_dma_ops(dev) || !try_module_get(THIS_MODULE)) {
+		dev_err(dev, "pvdma: not served\n");
+		return;
+	}
+	dev_err(dev, "pvdma: no DMA until a driver is bound anew\n");
+	set_dma_ops(dev, &pvdma_refusing_ops);
+}
+
+static void pvdma_stop_refusing(struct device *dev)
+{
+	if (get_dma_ops(dev) != &pvdma_refusing_ops)
+		return;
+	set_dma_ops(dev, NULL);
+	module_put(THIS_MODULE);
 }
 
 /* The device is gone from the bus: so is what we know of it. */
@@ -218,9 +392,10 @@ static void pvdma_forget(struct device *dev)
 	flush_work(&p->settle);
 	mutex_lock(&pvdma_lock);
 	pvdma_uninstall(p);
-	pvdma_stats_remove(p);
-	xa_destroy(&p->below);
-	WRITE_ONCE(p->dev, NULL);
+	if (p->installed)
+		p->removed = true;
+	else
+		pvdma_drop(p);
 	mutex_unlock(&pvdma_lock);
 }
 
@@ -233,20 +408,24 @@ static int pvdma_notify(struct notifier_block *block, unsigned long event, void 
 	switch (event) {
 	case BUS_NOTIFY_BIND_DRIVER:
 		mutex_lock(&pvdma_lock);
+		pvdma_stop_refusing(dev);
 		p = pvdma_get(dev);
-		if (p && !pvdma_needs_no_ops(p))
+		if (IS_ERR(p))
+			pvdma_refuse(dev);
+		else if (p && !pvdma_needs_no_ops(p))
 			pvdma_install(p);
 		mutex_unlock(&pvdma_lock);
 		break;
 	case BUS_NOTIFY_UNBOUND_DRIVER:
 	case BUS_NOTIFY_DRIVER_NOT_BOUND:
 		mutex_lock(&pvdma_lock);
+		pvdma_stop_refusing(dev);
 		known = xa_load(&pvdma_known, (unsigned long)dev);
 		p = known && !xa_is_value(known) ? known : NULL;
 		if (p && event == BUS_NOTIFY_DRIVER_NOT_BOUND && p->installed &&
 		    pvdma_outstanding(p)) {
 			get_device(dev);
-			if (!schedule_work(&p->settle))
+			if (!queue_work(pvdma_queue, &p->settle))
 				put_device(dev);
 		} else if (p) {
 			pvdma_uninstall(p);
@@ -275,7 +454,8 @@ static void pvdma_look_at_bound(void)
 		mutex_lock(&pvdma_lock);
 		if (dev->driver) {
 			p = pvdma_get(dev);
-			if (p && !p->installed && !pvdma_needs_no_ops(p))
+			if (!IS_ERR_OR_NULL(p) && !p->installed &&
+			    !pvdma_needs_no_ops(p))
 				dev_warn(dev, "pvdma: not served: bound to %s before pvdma was loaded; to rebind: cd /sys/bus/pci/drivers/%s && echo %s > unbind && echo %s > bind\n",
 					 dev->driver->name, dev->driver->name,
 					 dev_name(dev), dev_name(dev));
@@ -398,6 +578,11 @@ static int __init pvdma_init(void)
 	err = pvdma_ask_host();
 	if (err)
 		goto free;
+	pvdma_queue = alloc_workqueue("pvdma", WQ_UNBOUND, 0);
+	if (!pvdma_queue) {
+		err = -ENOMEM;
+		goto free;
+	}
 	pvdma_stats_init();
 	err = bus_register_notifier(&pci_bus_type, &pvdma_notifier);
 	if (err)
@@ -410,6 +595,7 @@ static int __init pvdma_init(void)
 
 stats:
 	pvdma_stats_exit();
+	destroy_workqueue(pvdma_queue);
 free:
 	pvdma_free_call_pages();
 	return err;
@@ -421,16 +607,10 @@ static void __exit pvdma_exit(void)
 	int i;
 
 	bus_unregister_notifier(&pci_bus_type, &pvdma_notifier);
-	for (i = 0; i < PVDMA_DEVICES_MAX; i++) {
-		if (pvdma_devices[i].dev)
-			flush_work(&pvdma_devices[i].settle);
-	}
+	destroy_workqueue(pvdma_queue);
 	pvdma_stats_exit();
-	for (i = 0; i < PVDMA_DEVICES_MAX; i++) {
-		if (pvdma_devices[i].dev)
-			xa_destroy(&pvdma_devices[i].below);
+	for (i = 0; i < PVDMA_DEVICES_MAX; i++)
 		free_percpu(pvdma_devices[i].counters);
-	}
 	xa_destroy(&pvdma_known);
 	pvdma_free_call_pages();
 }
@@ -440,4 +620,4 @@ module_exit(pvdma_exit);
 
 MODULE_DESCRIPTION("DMA of assigned devices, mapped at the host page by page");
 MODULE_LICENSE("GPL");
-MODULE_VERSION(__stringify(1.0));
+MODULE_VERSION("1.1");

@@ -57,7 +57,14 @@ u32 pvdma_coherent_flags(const struct pvdma_device *p, enum dma_data_direction d
 	return pvdma_direction(dir) | (p->identity ? 0 : PVDMA_MAP_ALIGN);
 }
 
-/* map_sg may return -ENOMEM (worth another try later) or -EIO for these. */
+/*
+ * What map_sg returns, which may be one of four. -ENOMEM is worth another try; the
+ * block layer puts the request back into its queue (BLK_STS_RESOURCE). So nvme does
+ * for -EINVAL and -EIO, on 6.1 and 6.12, and a request that can never be mapped
+ * would come back for ever, its caller asleep. -EREMOTEIO is made for memory that no
+ * retry makes reachable, and ends the request with an error (BLK_STS_TARGET): the
+ * right thing for a device that is gone and for a request that the host refuses.
+ */
 int pvdma_errno(u32 status)
 {
 	switch (PVDMA_STATUS_CLASS(status)) {
@@ -67,7 +74,7 @@ int pvdma_errno(u32 status)
 	case PVDMA_STATUS_LIMIT:
 		return -ENOMEM;
 	default:
-		return -EIO;
+		return -EREMOTEIO;
 	}
 }
 
@@ -89,6 +96,8 @@ static const char *pvdma_advice(u32 status)
 static void pvdma_tell_map(struct pvdma_device *p, u64 bytes, u64 below,
 			   u64 iova_max, u32 status, unsigned long attrs)
 {
+	if (PVDMA_STATUS_CLASS(status) == PVDMA_STATUS_GONE)
+		pvdma_lose(p);
 	if ((attrs & DMA_ATTR_NO_WARN) && pvdma_errno(status) == -ENOMEM)
 		return;
 	dev_warn_ratelimited(p->dev, "pvdma: no mapping of %llu bytes from %#llx below %#llx: %s (errno %u), %s\n",
@@ -99,6 +108,11 @@ static void pvdma_tell_map(struct pvdma_device *p, u64 bytes, u64 below,
 static void pvdma_tell_unmap(struct pvdma_device *p, u64 bytes, u64 iova,
 			     u32 status)
 {
+	/* and with it this mapping */
+	if (PVDMA_STATUS_CLASS(status) == PVDMA_STATUS_GONE) {
+		pvdma_lose(p);
+		return;
+	}
 	dev_warn_ratelimited(p->dev, "pvdma: %llu bytes at bus address %#llx stay mapped: %s (errno %u), %s\n",
 			     bytes, iova, pvdma_status_name(status),
 			     PVDMA_STATUS_ERRNO(status), pvdma_advice(status));
@@ -366,6 +380,38 @@ void pvdma_put_pages(struct device *dev, struct page *page, size_t size,
 			size, &iova);
 }
 
+/*
+ * Drivers may give memory back long after they are unbound: nvme does when its last
+ * file is closed. What was mapped for it is released by then, and its bus address is
+ * perhaps another's. So the memory is known by its first page, with the era in which
+ * it was mapped. (The XArray would sleep with interrupts on, whatever they were.)
+ */
+static int pvdma_remember_memory(struct pvdma_device *p, struct page *page)
+{
+	unsigned long irq;
+	int err;
+
+	xa_lock_irqsave(&p->memory, irq);
+	err = xa_err(__xa_store(&p->memory, page_to_pfn(page), xa_mk_value(p->era),
+				GFP_ATOMIC | __GFP_NOWARN));
+	xa_unlock_irqrestore(&p->memory, irq);
+	return err;
+}
+
+/* True when what was mapped for this memory has been released. */
+static bool pvdma_forget_memory(struct pvdma_device *p, struct page *page)
+{
+	unsigned long irq;
+	bool released;
+	void *era;
+
+	xa_lock_irqsave(&p->memory, irq);
+	era = __xa_erase(&p->memory, page_to_pfn(page));
+	released = era && xa_to_value(era) != p->era;
+	xa_unlock_irqrestore(&p->memory, irq);
+	return released;
+}
+
 static struct page *pvdma_alloc_pages(struct device *dev, size_t size,
 				      dma_addr_t *iova,
 				      enum dma_data_direction dir, gfp_t gfp)
@@ -382,21 +428,33 @@ static struct page *pvdma_alloc_pages(struct device *dev, size_t size,
 	if (PVDMA_STATUS_CLASS(pvdma_make(p, page_to_phys(page), PAGE_ALIGN(size),
 					  pvdma_coherent_max(p, dev),
 					  pvdma_coherent_flags(p, dir), 0,
-					  &address))) {
-		__free_pages(page, get_order(size));
-		return NULL;
+					  &address)))
+		goto free;
+	if (pvdma_remember_memory(p, page)) {
+		if (!pvdma_unreachable(pvdma_take(p, address, PAGE_ALIGN(size))))
+			return NULL;	/* and the memory is lost */
+		goto free;
 	}
 	*iova = address;
 	return page;
+
+free:
+	__free_pages(page, get_order(size));
+	return NULL;
 }
 
 static void pvdma_free_pages(struct device *dev, size_t size, struct page *page,
 			     dma_addr_t iova, enum dma_data_direction dir)
 {
 	struct pvdma_device *p = pvdma_of(dev);
+	bool unreachable = p && (pvdma_forget_memory(p, page) ||
+				 pvdma_unreachable(pvdma_take(p, iova,
+							      PAGE_ALIGN(size))));
 
-	pvdma_put_pages(dev, page, size, iova,
-			p && pvdma_unreachable(pvdma_take(p, iova, PAGE_ALIGN(size))));
+	pvdma_put_pages(dev, page, size, iova, unreachable);
+	/* last, since the module may go after it; the work looks at the driver again */
+	if (p && xa_empty(&p->memory) && unlikely(!READ_ONCE(dev->driver)))
+		pvdma_memory_is_back(p);
 }
 
 static void *pvdma_alloc(struct device *dev, size_t size, dma_addr_t *iova,
@@ -455,10 +513,12 @@ u64 pvdma_get_required_mask(struct device *dev)
 	return min_t(u64, dma_get_mask(dev), DMA_BIT_MASK(32));
 }
 
-/* One page less than a call takes, for a buffer that does not start on a page. */
+/* What drivers cut their requests to: see pvdma_mapping_max(). */
 size_t pvdma_max_mapping_size(struct device *dev)
 {
-	return (max(pvdma_host.map_pages, 2ull) - 1) << PAGE_SHIFT;
+	struct pvdma_device *p = pvdma_of(dev);
+
+	return likely(p) ? p->mapping_max : PAGE_SIZE;
 }
 
 /*
@@ -467,7 +527,7 @@ size_t pvdma_max_mapping_size(struct device *dev)
  * becomes one segment. A list longer than a call page becomes several, so the
  * promise would be broken where it is relied on (MMC takes one segment to be one).
  * Lists are merged all the same. NVMe on 6.1 and 6.12 does not ask.
- * opt_mapping_size: no size is better than another below the largest.
+ * opt_mapping_size: is not told for which device. Without it max_mapping_size is both.
  * sync_*: x86 is coherent and nothing is bounced; without them 6.12 skips the calls.
  * alloc_noncontiguous, cache_sync: the DMA core does without.
  */
@@ -492,4 +552,45 @@ const struct dma_map_ops pvdma_direct_ops = {
 	.dma_supported = pvdma_dma_supported,
 	.get_required_mask = pvdma_get_required_mask,
 	.max_mapping_size = pvdma_max_mapping_size,
+};
+
+#if PVDMA_MAP_PHYS
+static dma_addr_t pvdma_refuse_map(struct device *dev, phys_addr_t phys, size_t size,
+				   enum dma_data_direction dir, unsigned long attrs)
+#else
+static dma_addr_t pvdma_refuse_map(struct device *dev, struct page *page,
+				   unsigned long offset, size_t size,
+				   enum dma_data_direction dir, unsigned long attrs)
+#endif
+{
+	return DMA_MAPPING_ERROR;
+}
+
+static void pvdma_refuse_unmap(struct device *dev, dma_addr_t iova, size_t size,
+			       enum dma_data_direction dir, unsigned long attrs)
+{
+}
+
+static int pvdma_refuse_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
+			       enum dma_data_direction dir, unsigned long attrs)
+{
+	return -EREMOTEIO;
+}
+
+static int pvdma_refuse_mask(struct device *dev, u64 mask)
+{
+	return 0;
+}
+
+/* What is left out the DMA core takes for a failure, or for nothing to do. */
+const struct dma_map_ops pvdma_refusing_ops = {
+#if PVDMA_MAP_PHYS
+	.map_phys = pvdma_refuse_map,
+	.unmap_phys = pvdma_refuse_unmap,
+#else
+	.map_page = pvdma_refuse_map,
+	.unmap_page = pvdma_refuse_unmap,
+#endif
+	.map_sg = pvdma_refuse_map_sg,
+	.dma_supported = pvdma_refuse_mask,
 };

@@ -44,6 +44,8 @@ static const struct {
 	{ "pages_unmapped", NULL, AT(pages_unmapped) },
 	{ "retries", NULL, AT(retries) },
 	{ "outstanding", NULL, AT(outstanding) },
+	{ "stuck", NULL, AT(stuck) },
+	{ "leaked", NULL, AT(leaked) },
 	{ "retry", "errors", ERROR_AT(PVDMA_STATUS_RETRY) },
 	{ "limit", "errors", ERROR_AT(PVDMA_STATUS_LIMIT) },
 	{ "invalid", "errors", ERROR_AT(PVDMA_STATUS_INVALID) },
@@ -52,6 +54,7 @@ static const struct {
 	{ "unmap", "hypercalls", CALL_AT(PVDMA_CALL_UNMAP) },
 	{ "map_list", "hypercalls", CALL_AT(PVDMA_CALL_MAP_LIST) },
 	{ "unmap_list", "hypercalls", CALL_AT(PVDMA_CALL_UNMAP_LIST) },
+	{ "release", "hypercalls", CALL_AT(PVDMA_CALL_RELEASE) },
 };
 
 /* Signed, because an unmap may be counted before its map when read in between. */
@@ -60,12 +63,34 @@ s64 pvdma_outstanding(const struct pvdma_device *p)
 	return pvdma_sum(p->counters, AT(outstanding));
 }
 
+s64 pvdma_stuck(const struct pvdma_device *p)
+{
+	return pvdma_sum(p->counters, AT(stuck));
+}
+
 u64 pvdma_outstanding_bytes(const struct pvdma_device *p)
 {
 	s64 pages = pvdma_sum(p->counters, AT(pages_mapped)) -
-		    pvdma_sum(p->counters, AT(pages_unmapped));
+		    pvdma_sum(p->counters, AT(pages_unmapped)) -
+		    pvdma_sum(p->counters, AT(pages_released));
 
 	return pages > 0 ? (u64)pages << PAGE_SHIFT : 0;
+}
+
+/* A driver is gone and left this many mappings behind; with the next begins anew what is stuck. */
+void pvdma_count_left(struct pvdma_device *p, s64 leaked)
+{
+	struct pvdma_counters *counters = raw_cpu_ptr(p->counters);
+
+	counters->leaked += leaked;
+	counters->stuck -= pvdma_stuck(p);
+}
+
+/* Nothing of a device without a driver is mapped any more. */
+void pvdma_nothing_outstanding(struct pvdma_device *p)
+{
+	pvdma_count_released(raw_cpu_ptr(p->counters), pvdma_outstanding(p),
+			     pvdma_outstanding_bytes(p) >> PAGE_SHIFT);
 }
 
 static int pvdma_counter_show(struct seq_file *file, void *unused)
@@ -94,10 +119,10 @@ static int pvdma_policy_show(struct seq_file *file, void *unused)
 }
 DEFINE_SHOW_ATTRIBUTE(pvdma_policy);
 
-/* Calls of one kind by anybody since the module was loaded. */
-static u64 pvdma_calls(u32 call)
+/* One counter of all devices since the module was loaded. */
+static u64 pvdma_sum_all(size_t offset)
 {
-	u64 sum = pvdma_sum(&pvdma_counters, CALL_AT(call));
+	u64 sum = pvdma_sum(&pvdma_counters, offset);
 	int i;
 
 	for (i = 0; i < PVDMA_DEVICES_MAX; i++) {
@@ -105,9 +130,14 @@ static u64 pvdma_calls(u32 call)
 
 		counters = READ_ONCE(pvdma_devices[i].counters);
 		if (counters)
-			sum += pvdma_sum(counters, CALL_AT(call));
+			sum += pvdma_sum(counters, offset);
 	}
 	return sum;
+}
+
+static u64 pvdma_calls(u32 call)
+{
+	return pvdma_sum_all(CALL_AT(call));
 }
 
 static int pvdma_hypercall_map_show(struct seq_file *file, void *unused)
@@ -133,6 +163,18 @@ static int pvdma_hypercall_pv_dev_show(struct seq_file *file, void *unused)
 }
 DEFINE_SHOW_ATTRIBUTE(pvdma_hypercall_pv_dev);
 
+static int pvdma_errors_show(struct seq_file *file, void *unused)
+{
+	u64 sum = 0;
+	u32 class;
+
+	for (class = PVDMA_STATUS_RETRY; class <= PVDMA_STATUS_GONE; class++)
+		sum += pvdma_sum_all(ERROR_AT(class));
+	seq_printf(file, "%llu\n", sum);
+	return 0;
+}
+DEFINE_SHOW_ATTRIBUTE(pvdma_errors);
+
 void pvdma_stats_add(struct pvdma_device *p)
 {
 	struct dentry *dir = NULL;
@@ -142,6 +184,7 @@ void pvdma_stats_add(struct pvdma_device *p)
 	p->dir = debugfs_create_dir(dev_name(p->dev), pvdma_dir);
 	debugfs_create_u32("handle", 0444, p->dir, &p->handle);
 	debugfs_create_file("policy", 0444, p->dir, p, &pvdma_policy_fops);
+	debugfs_create_u64("max_mapping_bytes", 0444, p->dir, &p->mapping_max);
 	debugfs_create_file("outstanding_bytes", 0444, p->dir, p, &pvdma_bytes_fops);
 	for (i = 0; i < PVDMA_STATS; i++) {
 		const char *name = pvdma_files[i].dir;
@@ -156,19 +199,22 @@ void pvdma_stats_add(struct pvdma_device *p)
 	}
 }
 
-/* The device goes, its calls stay in the totals; the counters await another. */
+/* The device goes, the totals stay; its counters await another. */
 void pvdma_stats_remove(struct pvdma_device *p)
 {
+	struct pvdma_counters *totals;
 	unsigned long irq;
-	u32 call;
+	u32 i;
 	int cpu;
 
 	debugfs_remove(p->dir);
 	p->dir = NULL;
 	local_irq_save(irq);
-	for (call = 0; call <= PVDMA_CALL_UNMAP_LIST; call++)
-		this_cpu_ptr(&pvdma_counters)->calls[call] +=
-			pvdma_sum(p->counters, CALL_AT(call));
+	totals = this_cpu_ptr(&pvdma_counters);
+	for (i = 0; i <= PVDMA_CALL_RELEASE; i++)
+		totals->calls[i] += pvdma_sum(p->counters, CALL_AT(i));
+	for (i = 0; i <= PVDMA_STATUS_GONE; i++)
+		totals->errors[i] += pvdma_sum(p->counters, ERROR_AT(i));
 	local_irq_restore(irq);
 	for_each_possible_cpu(cpu)
 		memset(per_cpu_ptr(p->counters, cpu), 0, sizeof(*p->counters));
@@ -183,6 +229,7 @@ void pvdma_stats_init(void)
 			    &pvdma_hypercall_unmap_fops);
 	debugfs_create_file("hypercall_pv_dev", 0444, pvdma_dir, NULL,
 			    &pvdma_hypercall_pv_dev_fops);
+	debugfs_create_file("errors", 0444, pvdma_dir, NULL, &pvdma_errors_fops);
 }
 
 void pvdma_stats_exit(void)

@@ -98,15 +98,16 @@ static void leaves_of(u32 base)
 	leaves[0] = (struct pvdma_cpuid){ base + 2, PVDMA_CPUID_SIGNATURE_EBX,
 					  PVDMA_CPUID_SIGNATURE_ECX,
 					  PVDMA_CPUID_SIGNATURE_EDX };
-	leaves[1] = (struct pvdma_cpuid){ PVDMA_ABI_VERSION, PVDMA_FEATURE_LIST,
+	leaves[1] = (struct pvdma_cpuid){ PVDMA_ABI_VERSION,
+					  PVDMA_FEATURE_LIST | PVDMA_FEATURE_RELEASE,
 					  0xabcd0000 | PVDMA_PORT, 100 };
 	leaves[2] = (struct pvdma_cpuid){ 1000, 0, 0, 0 };
 }
 
 static const struct pvdma_host host = {
-	.version = PVDMA_ABI_VERSION, .features = PVDMA_FEATURE_LIST,
-	.port = PVDMA_PORT, .list_entries = PVDMA_LIST_ENTRIES,
-	.map_pages = PVDMA_MAP_PAGES_MAX,
+	.version = PVDMA_ABI_VERSION,
+	.features = PVDMA_FEATURE_LIST | PVDMA_FEATURE_RELEASE, .port = PVDMA_PORT,
+	.list_entries = PVDMA_LIST_ENTRIES, .map_pages = PVDMA_MAP_PAGES_MAX,
 };
 
 static struct pvdma_counters counters;
@@ -204,8 +205,11 @@ static void asks_for_devices(void)
 	struct pvdma_assignment answer = { 0 };
 
 	step(ASKED(PVDMA_CALL_IS_ASSIGNED, .rdi = 0x10208),
-	     ANSWER(0, .rdi = 3, .rsi = PVDMA_POLICY_STRICT, .r8 = 39));
+	     ANSWER(0, .rdi = 3, .rsi = PVDMA_POLICY_STRICT, .r8 = 39, .r9 = 65535,
+		    .r10 = 1ull << 40));
 	EQUAL(pvdma_is_assigned(&host, &counters, 0x10208, &answer), 0);
+	EQUAL(answer.runs, 65535);
+	EQUAL(answer.pinned_bytes, 1ull << 40);
 	EQUAL(answer.handle, 3);
 	EQUAL(answer.policy, PVDMA_POLICY_STRICT);
 	EQUAL(answer.identity, false);
@@ -223,6 +227,109 @@ static void asks_for_devices(void)
 	EQUAL(pvdma_is_assigned(&host, &counters, 9, &answer), status(PVDMA_STATUS_INVALID, 38));
 	EQUAL(answer.handle, 77);
 	EQUAL(counters.errors[PVDMA_STATUS_INVALID], 1);
+}
+
+/*
+ * A host of 1.0 has no release, and leaves alone the registers that 1.1 put the
+ * device's limits into.
+ */
+static void gets_along_with_a_1_0_host(void)
+{
+	struct pvdma_assignment answer = { .runs = 5, .pinned_bytes = 6 };
+	struct pvdma_released released = { 7, 8 };
+	struct pvdma_host old;
+	u64 iova = 0;
+
+	leaves_of(PVDMA_CPUID_FIRST);
+	leaves[1].eax = 0x10000;
+	leaves[1].ebx = PVDMA_FEATURE_LIST;
+	EQUAL(pvdma_discover(&old), PVDMA_FOUND);
+	EQUAL(old.features & PVDMA_FEATURE_RELEASE, 0);
+
+	/* asked with zeros, which come back */
+	step(ASKED(PVDMA_CALL_IS_ASSIGNED, .rdi = 8, .r9 = 0, .r10 = 0),
+	     ANSWER(0, .rdi = 1, .rsi = PVDMA_POLICY_STRICT, .r8 = 39, .r9 = 0, .r10 = 0));
+	EQUAL(pvdma_is_assigned(&old, &counters, 8, &answer), 0);
+	EQUAL(answer.runs, 0);
+	EQUAL(answer.pinned_bytes, 0);
+	EQUAL(pvdma_mapping_max(&old, &answer), 999 * 4096);
+
+	step(ASKED(PVDMA_CALL_MAP, .rdi = 1, .rsi = 0x5000, .r8 = 16, .r9 = ~0ull, .r10 = RW),
+	     ANSWER(0, .rdi = 0x9000));
+	EQUAL(pvdma_map(&old, &counters, 1, 0x5000, 16, ~0ull, RW, &iova), 0);
+
+	/* the call is not made, and nothing counts as taken back */
+	EQUAL(pvdma_release(&old, &counters, 1, &released), PVDMA_STATUS_INVALID);
+	EQUAL(released.mappings, 7);
+	EQUAL(counters.calls[PVDMA_CALL_RELEASE], 0);
+	EQUAL(counters.errors[PVDMA_STATUS_INVALID], 0);
+	EQUAL(counters.outstanding, 1);
+}
+
+static void releases(void)
+{
+	struct pvdma_released released = { 0 };
+	struct pvdma_frame question = ASKED(PVDMA_CALL_RELEASE, .rdi = 3);
+
+	counters.outstanding = 9;
+	step(question, ANSWER(status(PVDMA_STATUS_RETRY, 11), .rdi = 1, .rsi = 1));
+	step(question, ANSWER(0, .rdi = 9, .rsi = 0xc000));
+	EQUAL(pvdma_release(&host, &counters, 3, &released), 0);
+	EQUAL(released.mappings, 9);
+	EQUAL(released.bytes, 0xc000);
+	EQUAL(counters.retries, 1);
+	/* what it was is known to who holds all counters */
+	EQUAL(counters.outstanding, 9);
+	pvdma_count_released(&counters, 9, 12);
+	EQUAL(counters.outstanding, 0);
+	EQUAL(counters.pages_released, 12);
+	EQUAL(counters.pages_unmapped, 0);
+
+	step(question, ANSWER(status(PVDMA_STATUS_LIMIT, 71), .rdi = 4, .rsi = 0x4000));
+	EQUAL(pvdma_release(&host, &counters, 3, &released), status(PVDMA_STATUS_LIMIT, 71));
+	EQUAL(released.mappings, 9);
+	EQUAL(counters.errors[PVDMA_STATUS_LIMIT], 1);
+}
+
+/* A mapping of the size offered, however scattered, beside half of all and the pools. */
+static void mappings_fit_the_limits(void)
+{
+	static const struct { u64 runs, pinned_bytes, pages; } cases[] = {
+		{ 0, 0, PVDMA_MAP_PAGES_MAX - 1 },
+		{ 0, 1ull << 40, PVDMA_MAP_PAGES_MAX - 1 },
+		{ ~0ull, ~0ull, PVDMA_MAP_PAGES_MAX - 1 },
+		{ 65535, 0, 16382 },
+		{ 65535, 64 << 20, 4095 },
+		{ 65535, 1 << 20, 63 },
+		{ 90, 0, 21 },
+		{ 50, 1 << 20, 11 },
+		{ 30, 0, 6 },
+		{ 30, 64 << 10, 3 },
+		{ 0, 1, 1 },
+		{ 1, 0, 1 },
+	};
+	struct pvdma_assignment device = { 0 };
+	u32 i;
+	u64 n;
+
+	for (i = 0; i < ARRAY_SIZE(cases); i++) {
+		device.runs = cases[i].runs;
+		device.pinned_bytes = cases[i].pinned_bytes;
+		EQUAL(pvdma_mapping_max(&host, &device), cases[i].pages * 4096);
+	}
+	device.pinned_bytes = 0;
+	for (n = 8; n < 3000; n++) {
+		u64 standing, most;
+
+		device.runs = n;
+		most = pvdma_pages(4095, pvdma_mapping_max(&host, &device));
+		for (standing = 0; standing <= n / 2; standing++) {
+			u64 pools = (n - standing) / 2;
+
+			EQUAL(most <= n - standing - pools, true);
+			EQUAL(most + 1 <= n - standing, true);	/* the first, and its list */
+		}
+	}
 }
 
 static void maps_and_unmaps(void)
@@ -278,9 +385,11 @@ static void repeats_when_told(void)
 	/* an unmap has more patience */
 	for (i = 0; i < PVDMA_UNMAP_TRIES; i++)
 		step(ASKED(PVDMA_CALL_UNMAP, .rdi = 1, .rsi = 0x9000, .r8 = 16), clobbered);
+	EQUAL(counters.stuck, 0);
 	EQUAL(PVDMA_STATUS_CLASS(pvdma_unmap(&host, &counters, 1, 0x9000, 16)),
 	      PVDMA_STATUS_RETRY);
 	EQUAL(counters.outstanding, 1);
+	EQUAL(counters.stuck, 1);
 }
 
 static void failures_are_counted_by_class(void)
@@ -306,6 +415,56 @@ static void failures_are_counted_by_class(void)
 	EQUAL(iova, 42);
 	EQUAL(counters.maps, 0);
 	EQUAL(counters.outstanding, 0);
+}
+
+/* With the device went its mappings: none is outstanding, and none was unmapped. */
+static void mappings_go_with_their_device(void)
+{
+	u32 failed = 9;
+
+	counters.outstanding = 4;
+	step(ASKED(PVDMA_CALL_UNMAP, .rdi = 1, .rsi = 0x9ff0, .r8 = 32),
+	     ANSWER(status(PVDMA_STATUS_GONE, 19), .rdi = 0));
+	EQUAL(pvdma_unmap(&host, &counters, 1, 0x9ff0, 32), status(PVDMA_STATUS_GONE, 19));
+	EQUAL(counters.outstanding, 3);
+	EQUAL(counters.pages_released, 2);
+
+	page[0] = page[1] = page[2] = (struct pvdma_entry){ 0x10000, 0x3000 };
+	step(ASKED(PVDMA_CALL_UNMAP_LIST, .rdi = 1, .rsi = PAGE_GPA, .r8 = 3),
+	     ANSWER(status(PVDMA_STATUS_GONE, 19), .rsi = 1));
+	step(ASKED(PVDMA_CALL_UNMAP_LIST, .rdi = 1, .rsi = PAGE_GPA, .r8 = 1),
+	     ANSWER(status(PVDMA_STATUS_GONE, 19), .rsi = 0));
+	EQUAL(PVDMA_STATUS_CLASS(pvdma_unmap_list(&host, &counters, 1, page, PAGE_GPA, 3,
+						  &failed)), PVDMA_STATUS_GONE);
+	EQUAL(failed, 0);
+	EQUAL(counters.outstanding, 0);
+	EQUAL(counters.pages_released, 8);
+	EQUAL(counters.pages_unmapped, 3);
+	EQUAL(counters.unmaps, 0);
+	EQUAL(counters.errors[PVDMA_STATUS_GONE], 3);
+}
+
+/* Unmapped twice, or in another size than mapped: refused, and nothing changes. */
+static void refused_unmaps_change_nothing(void)
+{
+	u32 failed = 9;
+
+	counters.outstanding = 1;
+	step(ASKED(PVDMA_CALL_UNMAP, .rdi = 1, .rsi = 0x9000, .r8 = 0x2000),
+	     ANSWER(status(PVDMA_STATUS_INVALID, 116), .rdi = 0));
+	EQUAL(PVDMA_STATUS_CLASS(pvdma_unmap(&host, &counters, 1, 0x9000, 0x2000)),
+	      PVDMA_STATUS_INVALID);
+	page[0] = page[1] = (struct pvdma_entry){ 0x9000, 0x1000 };
+	step(ASKED(PVDMA_CALL_UNMAP_LIST, .rdi = 1, .rsi = PAGE_GPA, .r8 = 2),
+	     ANSWER(status(PVDMA_STATUS_INVALID, 116), .rsi = 1));
+	EQUAL(PVDMA_STATUS_CLASS(pvdma_unmap_list(&host, &counters, 1, page, PAGE_GPA, 2,
+						  &failed)), PVDMA_STATUS_INVALID);
+	EQUAL(failed, 1);
+	EQUAL(counters.stuck, 0);
+	EQUAL(counters.errors[PVDMA_STATUS_INVALID], 2);
+	EQUAL(counters.outstanding, 0);
+	EQUAL(counters.pages_unmapped, 1);
+	EQUAL(counters.pages_released, 0);
 }
 
 /* An address the device cannot emit is no mapping, and none may be left. */
@@ -522,6 +681,7 @@ static void unmap_list_steps_over_failures(void)
 	      status(PVDMA_STATUS_INVALID, 22));
 	EQUAL(failed, 2);
 	EQUAL(counters.outstanding, 2);
+	EQUAL(counters.stuck, 1);	/* one of them; the other was a mistake */
 	EQUAL(counters.errors[PVDMA_STATUS_INVALID], 1);
 	EQUAL(counters.errors[PVDMA_STATUS_LIMIT], 1);
 	all_asked(__LINE__);
@@ -690,9 +850,14 @@ static const struct {
 	TEST(refuses_another_major),
 	TEST(probes),
 	TEST(asks_for_devices),
+	TEST(gets_along_with_a_1_0_host),
+	TEST(releases),
+	TEST(mappings_fit_the_limits),
 	TEST(maps_and_unmaps),
 	TEST(repeats_when_told),
 	TEST(failures_are_counted_by_class),
+	TEST(mappings_go_with_their_device),
+	TEST(refused_unmaps_change_nothing),
 	TEST(unusable_answers_are_undone),
 	TEST(counts_pages),
 	TEST(builds_lists),

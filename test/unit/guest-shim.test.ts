@@ -47,7 +47,7 @@ for (const name of names) {
   });
 }
 core("all of the core's functions have a test", () => {
-  assert.ok(names.length >= 20, `only ${names.length} tests`);
+  assert.ok(names.length >= 25, `only ${names.length} tests`);
 });
 core.after(() => rmSync(scratch, { recursive: true }));
 core.run();
