@@ -1,7 +1,8 @@
-// Builds the freestanding guests: one C file each, with start.S, lib.c and the portable core of guest-shim, by the
-// system's gcc and ld. What comes out is a bzImage: guest.ld and start.S lay it out, the linker writes it as it is.
+// Builds the freestanding guests: NAME.c each, and NAME_*.c where there is more of it, with start.S, lib.c and the
+// portable core of guest-shim, by the system's gcc and ld. What comes out is a bzImage: guest.ld and start.S lay it out, the linker writes it as it is.
 
 import { execFile } from "node:child_process";
+import { readdirSync } from "node:fs";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { repoRoot } from "../lab/cache.js";
@@ -30,14 +31,17 @@ const flags = [
 ];
 
 /**
- * Compiles test/guest/<name>.c into `directory`; returns the path of the bzImage. Rejects with the compiler's words
+ * Compiles the guest <name> of test/guest into `directory`; returns the path of the bzImage. Rejects with the compiler's words
  * when that fails, warnings included.
  */
 export async function buildTestGuest(name: string, directory: string): Promise<string> {
   const sources = join(repoRoot, "test", "guest");
   const shim = join(repoRoot, "guest-shim");
   const image = join(directory, `${name}.bzImage`);
-  const files = ["start.S", "lib.c", `${name}.c`].map((file) => join(sources, file));
+  const own = readdirSync(sources).filter(
+    (file) => file === `${name}.c` || /^(.*)_\w+\.c$/.exec(file)?.[1] === name,
+  );
+  const files = ["start.S", "lib.c", ...own].map((file) => join(sources, file));
   const args = [...flags, "-I", sources, "-I", shim, "-T", join(sources, "guest.ld"), "-o", image];
   await exec("gcc", [...args, ...files, join(shim, "pvdma_core.c")]);
   return image;

@@ -50,16 +50,17 @@ static const struct contract {
 } contract[] = {
 	{ "unknown", 0, 0 },
 	[PVDMA_CALL_PROBE] = { "probe", OUT_RDI | OUT_RSI | OUT_R8 | OUT_R9 | OUT_R10, 0 },
-	[PVDMA_CALL_IS_ASSIGNED] = { "is_assigned", OUT_RDI | OUT_RSI | OUT_R8, 0 },
+	[PVDMA_CALL_IS_ASSIGNED] = { "is_assigned", OUT_RDI | OUT_RSI | OUT_R8 | OUT_R9 | OUT_R10, 0 },
 	[PVDMA_CALL_MAP] = { "map", OUT_RDI, 0 },
 	[PVDMA_CALL_UNMAP] = { "unmap", OUT_RDI, 0 },
 	[PVDMA_CALL_MAP_LIST] = { "map_list", OUT_RDI | OUT_RSI, OUT_RSI },
 	[PVDMA_CALL_UNMAP_LIST] = { "unmap_list", OUT_RDI | OUT_RSI, OUT_RSI },
+	[PVDMA_CALL_RELEASE] = { "release", OUT_RDI | OUT_RSI, 0 },
 };
 
 static const struct contract *contract_of(u64 call)
 {
-	return &contract[(u32)call <= PVDMA_CALL_UNMAP_LIST ? (u32)call : 0];
+	return &contract[(u32)call <= PVDMA_CALL_RELEASE ? (u32)call : 0];
 }
 
 /* --- registers ------------------------------------------------------------ */
@@ -150,6 +151,8 @@ static u64 pages_done(u32 call, const struct registers *asked, bool ok)
 		return ok ? list_pages(asked->r8) : 0;
 	case PVDMA_CALL_UNMAP_LIST:
 		return list_pages(now.rsi);
+	case PVDMA_CALL_RELEASE:
+		return ok ? now.rsi / PAGE : 0;
 	default:
 		return 0;
 	}
@@ -505,7 +508,7 @@ static void unknown_calls(void)
 {
 	static const struct value numbers[] = {
 		{ "0", 0 },
-		{ "7", 7 },
+		{ "8", 8 },
 		{ "99", NO_CALL },
 		{ "2^8+4", 1u << 8 | PVDMA_CALL_UNMAP },
 		{ "2^16+4", 1u << 16 | PVDMA_CALL_UNMAP },
@@ -548,6 +551,8 @@ static void bad_handles(void)
 		entry(0, innocents[ONE_PAGE].iova, innocents[ONE_PAGE].bytes);
 		set_unmap_list(handles[i].value, (u64)call_page, 1);
 		make_call(registers_out32, "unmap_list-handle", handles[i].name);
+		set_call(PVDMA_CALL_RELEASE, handles[i].value, innocents[ONE_PAGE].iova);
+		make_call(registers_out32, "release-handle", handles[i].name);
 	}
 	if (devices < 2)
 		return;
@@ -741,6 +746,29 @@ static void bad_unmap_lists(void)
 	unmap_list("in-a-mapping", (u64)call_page, 1);
 }
 
+/* Everything of the second device, and nothing of the first. */
+static void releases(void)
+{
+	u64 iova;
+
+	if (devices < 2)
+		return;
+	set_call(PVDMA_CALL_RELEASE, second_handle, 0);
+	make_call(registers_out32, "release", "nothing");
+	set_map(second_handle, SCRATCH + 0x123, PAGE, ANY_IOVA, READ_WRITE);
+	make_call(registers_out32, "map", "for-release");
+	iova = now.rdi;
+	five_entries();
+	set_map_list(second_handle, (u64)call_page, 5, ANY_IOVA, READ_WRITE);
+	make_call(registers_out32, "map_list", "for-release");
+	set_call(PVDMA_CALL_RELEASE, second_handle, 0);
+	make_call(registers_out32, "release", "two");
+	set_call(PVDMA_CALL_RELEASE, second_handle, 0);
+	make_call(registers_out32, "release", "twice");
+	set_unmap(second_handle, iova, PAGE);
+	make_call(registers_out32, "unmap", "released");
+}
+
 /* Executes something that is no call, though the registers hold a good one. */
 static void no_call(instruction *execute, const char *group, const char *variant)
 {
@@ -813,6 +841,8 @@ static void from_cpl3(void)
 	entry(0, one->iova, one->bytes);
 	set_unmap_list(first_handle, (u64)call_page, 1);
 	make_call(user_out32, "cpl3", "unmap_list");
+	set_call(PVDMA_CALL_RELEASE, first_handle, 0);
+	make_call(user_out32, "cpl3", "release");
 	set_call(NO_CALL, first_handle, one->iova);
 	make_call(user_out32, "cpl3", "99");
 	set_unmap(first_handle, one->iova, one->bytes);
@@ -888,12 +918,15 @@ void guest_main(void)
 	bad_unmaps();
 	bad_map_lists();
 	bad_unmap_lists();
+	releases();
 	no_calls();
 	from_cpl3();
 	pause_at("innocents");
 	unmap_innocents();
 	for (i = 0; i <= TWIN; i++)
 		unmap(innocents[i].name, innocents[i].iova, innocents[i].bytes);
+	set_call(PVDMA_CALL_RELEASE, first_handle, 0);
+	make_call(registers_out32, "release", "nothing-left");
 	print("core outstanding=%lu mapped=%lu unmapped=%lu\n",
 	      (unsigned long)counters.outstanding, (unsigned long)counters.pages_mapped,
 	      (unsigned long)counters.pages_unmapped);

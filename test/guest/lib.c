@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
  * The freestanding guest's support: see lib.h. Touches COM1, the PCI and power
- * ports, and its own memory.
+ * ports, the local APIC, and its own memory.
  */
 #include "lib.h"
 #include "selectors.h"
@@ -59,10 +59,13 @@ static void put_number(u64 value, u32 base)
 		put(digits[--count]);
 }
 
+static u32 print_lock;
+
 void print(const char *format, ...)
 {
 	va_list arguments;
 
+	lock(&print_lock);
 	va_start(arguments, format);
 	for (; *format; format++) {
 		bool is_long = false;
@@ -88,6 +91,7 @@ void print(const char *format, ...)
 		}
 	}
 	va_end(arguments);
+	unlock(&print_lock);
 }
 
 u8 serial_read(void)
@@ -97,7 +101,7 @@ u8 serial_read(void)
 	/* seldom enough that the VMM gets to do something else */
 	while (!(in8(COM1_STATUS) & COM1_STATUS_DATA))
 		for (i = 0; i < 1000; i++)
-			asm volatile("pause");
+			relax();
 	return in8(COM1);
 }
 
@@ -120,10 +124,21 @@ void reset(void)
 	halt();
 }
 
-u32 pci_read(u32 device, u32 function, u32 offset)
+static void pci_select(u32 device, u32 function, u32 offset)
 {
 	out32(PCI_ADDRESS, 1u << 31 | device << 11 | function << 8 | (offset & 0xfc));
+}
+
+u32 pci_read(u32 device, u32 function, u32 offset)
+{
+	pci_select(device, function, offset);
 	return in32(PCI_DATA);
+}
+
+void pci_write(u32 device, u32 function, u32 offset, u32 value)
+{
+	pci_select(device, function, offset);
+	out32(PCI_DATA, value);
 }
 
 /* The zero page (Documentation/arch/x86/zero-page.rst), by its offsets. */
@@ -148,7 +163,8 @@ bool same_text(const char *a, const char *b)
 	return *a == *b;
 }
 
-bool has_option(const char *word)
+/* What follows the word on the command line: "", " ..." or "=..."; NULL without it. */
+static const char *find_option(const char *word)
 {
 	const char *at = command_line;
 
@@ -159,12 +175,29 @@ bool has_option(const char *word)
 			at++;
 		while (*at && *at != ' ' && *at == *expected)
 			at++, expected++;
-		if (!*expected && (!*at || *at == ' '))
-			return true;
+		if (!*expected && (!*at || *at == ' ' || *at == '='))
+			return at;
 		while (*at && *at != ' ')
 			at++;
 	}
-	return false;
+	return NULL;
+}
+
+bool has_option(const char *word)
+{
+	return find_option(word) != NULL;
+}
+
+u64 option_number(const char *word, u64 otherwise)
+{
+	const char *at = find_option(word);
+	u64 value = 0;
+
+	if (!at || *at != '=')
+		return otherwise;
+	for (at++; *at >= '0' && *at <= '9'; at++)
+		value = 10 * value + (u64)(*at - '0');
+	return value;
 }
 
 static void read_zero_page(const u8 *zero_page)
@@ -186,11 +219,16 @@ static void read_zero_page(const u8 *zero_page)
 	}
 }
 
-/* Page tables: 4 GiB one to one, in pages of 2 MiB, writable and open to CPL 3. */
+/*
+ * Page tables: 4 GiB one to one, in pages of 2 MiB, writable and open to CPL 3;
+ * from 3 GiB on, where devices are, uncached.
+ */
 #define PTE_USER	7ull
+#define PTE_UNCACHED	(3ull << 3)
 #define PTE_LARGE	(1ull << 7)
+#define DEVICES		(3 * 512u)
 
-static u64 page_tables[6][512] __attribute__((aligned(4096)));
+u64 page_tables[6][512] __attribute__((aligned(4096)));
 
 static void set_page_tables(void)
 {
@@ -200,7 +238,8 @@ static void set_page_tables(void)
 	for (i = 0; i < 4; i++)
 		page_tables[1][i] = (u64)page_tables[2 + i] | PTE_USER;
 	for (i = 0; i < 4 * 512; i++)
-		page_tables[2 + i / 512][i % 512] = (u64)i << 21 | PTE_LARGE | PTE_USER;
+		page_tables[2 + i / 512][i % 512] = (u64)i << 21 | PTE_LARGE | PTE_USER |
+						    (i < DEVICES ? 0 : PTE_UNCACHED);
 	asm volatile("movq %0, %%cr3" : : "r" (page_tables) : "memory");
 }
 
@@ -239,7 +278,7 @@ struct gate {
 extern const u8 exception_stubs[], user_end[], interrupt_stack_end[];
 void user_return(void) __attribute__((noreturn));
 
-static u64 gdt[GDT_ENTRIES];
+u64 gdt[GDT_ENTRIES];
 static struct gate idt[EXCEPTIONS];
 static struct task_state task_state;
 
@@ -253,10 +292,17 @@ static void set_gate(u32 vector, const void *handler)
 	};
 }
 
+static void load_idt(void)
+{
+	struct table_register idt_register = { sizeof(idt) - 1, (u64)idt };
+
+	asm volatile("lidt %0" : : "m" (idt_register));
+}
+
+/* The task state, and with it CPL 3, is the first CPU's alone. */
 static void set_descriptors(void)
 {
 	struct table_register gdt_register = { sizeof(gdt) - 1, (u64)gdt };
-	struct table_register idt_register = { sizeof(idt) - 1, (u64)idt };
 	u64 task = (u64)&task_state;
 	u32 i;
 
@@ -274,7 +320,7 @@ static void set_descriptors(void)
 
 	for (i = 0; i < EXCEPTIONS; i++)
 		set_gate(i, exception_stubs + 16 * i);
-	asm volatile("lidt %0" : : "m" (idt_register));
+	load_idt();
 }
 
 /* What the stubs and the CPU pushed. */
@@ -290,10 +336,71 @@ void exception_report(const struct exception_frame *frame)
 	if (frame->vector == INVALID_OPCODE && frame->rip == (u64)user_end)
 		user_return();
 	asm volatile("movq %%cr2, %0" : "=r" (cr2));
+	/* whoever holds it, this CPU perhaps, is done printing */
+	unlock(&print_lock);
 	print("guest: exception %lu, error 0x%lx, at 0x%lx, CPL %u, cr2 0x%lx\n",
 	      (unsigned long)frame->vector, (unsigned long)frame->error,
 	      (unsigned long)frame->rip, (u32)frame->cs & 3, (unsigned long)cr2);
 	power_off();
+}
+
+/*
+ * The other CPUs (Intel SDM vol. 3, 9.4 and 11.6): an INIT stops one wherever it
+ * is, a SIPI starts it in real mode at page `vector'.
+ */
+#define LAPIC_SPURIOUS		(LAPIC + 0xf0)
+#define LAPIC_ENABLED		0x1ff
+#define LAPIC_COMMAND		(LAPIC + 0x300)
+#define LAPIC_COMMAND_HIGH	(LAPIC + 0x310)
+#define COMMAND_INIT		0x4500
+#define COMMAND_STARTUP		0x4600
+
+extern const u8 trampoline[], trampoline_end[];
+void cpu_start(u32 cpu) __attribute__((noreturn));
+
+static void (*job)(u32 cpu);
+static u32 running;
+
+u32 cpu_count(void)
+{
+	u32 eax = 1, ebx, ecx, edx;
+
+	asm volatile("cpuid" : "+a" (eax), "=b" (ebx), "=c" (ecx), "=d" (edx));
+	ebx = ebx >> 16 & 0xff;
+	return ebx < 1 ? 1 : ebx > CPUS_MAX ? CPUS_MAX : ebx;
+}
+
+static void send(u32 cpu, u32 command)
+{
+	write32(LAPIC_COMMAND_HIGH, cpu << 24);
+	write32(LAPIC_COMMAND, command);
+}
+
+void run_on_cpus(void (*function)(u32 cpu))
+{
+	u32 count = cpu_count(), cpu;
+
+	memcpy((void *)TRAMPOLINE, trampoline, (u64)(trampoline_end - trampoline));
+	write32(LAPIC_SPURIOUS, LAPIC_ENABLED);
+	job = function;
+	running = count - 1;
+	for (cpu = 1; cpu < count; cpu++) {
+		/* KVM keeps both until the CPU looks, in this order: there is no need to wait between */
+		send(cpu, COMMAND_INIT);
+		send(cpu, COMMAND_STARTUP | TRAMPOLINE >> 12);
+	}
+	function(0);
+	while (__atomic_load_n(&running, __ATOMIC_ACQUIRE))
+		relax();
+}
+
+/* A CPU arrives here from the trampoline, on its own stack. */
+void cpu_start(u32 cpu)
+{
+	load_idt();
+	job(cpu);
+	__atomic_sub_fetch(&running, 1, __ATOMIC_RELEASE);
+	halt();
 }
 
 void guest_start(const u8 *zero_page) __attribute__((noreturn));

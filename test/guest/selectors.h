@@ -16,4 +16,11 @@
 /* RFLAGS at CPL 3: bit 1 is always set; IOPL 0, the task state opens the ports. */
 #define USER_FLAGS	0x2
 
+/* CPUs have a stack each; all but the first begin in real mode, in this page. */
+#define CPUS_MAX	16
+#define CPU_STACK_BYTES	16384
+#define TRAMPOLINE	0x10000
+
+#define LAPIC		0xfee00000
+
 #endif /* GUEST_SELECTORS_H */

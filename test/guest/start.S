@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * What a freestanding guest cannot say in C: the setup header that makes it a
- * bzImage, the 64-bit entry, exceptions, the way to CPL 3 and back, and port
- * instructions between two looks at all registers.
+ * bzImage, the 64-bit entry, that of the other CPUs, exceptions, the way to CPL 3
+ * and back, and port instructions between two looks at all registers.
  */
 #include "selectors.h"
 
@@ -42,7 +42,7 @@ header_end:
 	.globl	entry
 entry:
 	cld
-	movl	$stack_end, %esp
+	movl	$stacks + CPU_STACK_BYTES, %esp
 	movl	$guest_payload_end, %edi
 	movl	$guest_end, %ecx
 	subl	%edi, %ecx
@@ -55,6 +55,53 @@ entry:
 	jmp	1b
 
 	.text
+
+/*
+ * Where the other CPUs begin. run_on_cpus() copies it to TRAMPOLINE, so inside
+ * only distances are known; what is outside has its own address. From real mode
+ * straight into long mode, with CPU 0's tables.
+ */
+#define CR0_LONG	0x80000031	/* PG, NE, ET, PE */
+#define CR4_PAE		0x20
+#define EFER		0xc0000080
+#define EFER_LME	0x100
+#define LAPIC_ID	(LAPIC + 0x20)
+
+	.globl	trampoline, trampoline_end
+	.code16
+trampoline:
+	cli
+	movw	%cs, %ax
+	movw	%ax, %ds
+	lgdtl	trampoline_gdt - trampoline
+	movl	$CR4_PAE, %eax
+	movl	%eax, %cr4
+	movl	$page_tables, %eax
+	movl	%eax, %cr3
+	movl	$EFER, %ecx
+	movl	$EFER_LME, %eax
+	xorl	%edx, %edx
+	wrmsr
+	movl	$CR0_LONG, %eax
+	movl	%eax, %cr0
+	ljmpl	$KERNEL_CODE, $cpu_entry
+trampoline_gdt:
+	.word	GDT_ENTRIES * 8 - 1
+	.long	gdt
+trampoline_end:
+
+	.code64
+cpu_entry:
+	movl	$KERNEL_DATA, %eax
+	movl	%eax, %ds
+	movl	%eax, %es
+	movl	%eax, %ss
+	movl	$LAPIC_ID, %eax
+	movl	(%rax), %edi
+	shrl	$24, %edi
+	imull	$CPU_STACK_BYTES, %edi, %esp
+	addl	$stacks + CPU_STACK_BYTES, %esp
+	call	cpu_start
 
 /*
  * Exceptions: a stub per vector, 16 bytes apart, so that C finds them without a
@@ -185,8 +232,8 @@ user_return:
 
 	.bss
 	.balign	16
-	.skip	16384
-stack_end:
+stacks:
+	.skip	CPUS_MAX * CPU_STACK_BYTES
 	.skip	4096
 	.globl	interrupt_stack_end
 interrupt_stack_end:

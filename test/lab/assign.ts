@@ -2,17 +2,11 @@
 // unmap calls. Used by assign-6.1.test.ts and assign-6.12.test.ts, which run side by side.
 
 import { setTimeout } from "node:timers/promises";
-import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { scratchDir } from "./cache.js";
 import { buildGuestImage, buildModule } from "./guest.js";
-import type { Host } from "./host.js";
-import { openHost } from "./open.js";
 import { getKernel, type KernelSeries } from "./packages.js";
 import { READ_AND_WRITE } from "./scripts.js";
-import { labTest, MiB, RunningVmm, randomDisk, sha256OfFile } from "./support.js";
-
-const DISK_BYTES = 16 * MiB;
+import { LabSuite, MiB } from "./support.js";
 
 async function fullImage(kernel: KernelSeries): Promise<string> {
   const { file } = await buildModule(await getKernel(kernel), "test/modules", "dmaprobe");
@@ -27,35 +21,16 @@ async function fullImage(kernel: KernelSeries): Promise<string> {
 
 /** Runs the tests for one guest kernel, with 1 and with 4 vCPUs. */
 export function runAssignTests(kernel: KernelSeries): void {
-  const test = suite(`assign, ${kernel} guest`);
-  const files = scratchDir();
-  let host: Host;
-  let bdf: string;
-  let disk: string;
-
-  test.before(async () => {
-    disk = randomDisk(files.path, "disk.raw", DISK_BYTES);
-    ({ host, bdf } = await openHost({ nvme0: { file: disk }, name: `assign-${kernel}` }));
-  });
-  test.after(async () => {
-    await host?.close();
-    files.remove();
-  });
-  const lab = (name: string, body: () => Promise<void>) => labTest(test, name, () => host, body);
-  /** What the disk holds, where the host is an L1; a real device is read by the guest alone. */
-  const diskHash = async (): Promise<string | undefined> =>
-    host.kind === "l1" ? sha256OfFile(disk) : undefined;
-
+  const lab = new LabSuite(`assign-${kernel}`, { diskBytes: 16 * MiB });
   for (const cpus of [1, 4]) {
-    lab(
+    lab.test(
       `a ${kernel} guest with ${cpus} vCPUs reads and writes the whole disk, under 64 MiB locked`,
       async () => {
-        const before = await diskHash();
         const image = await fullImage(kernel);
-        const vmm = await RunningVmm.start(host, ["--assign", bdf, "--cpus", String(cpus), image]);
+        const vmm = await lab.start("--cpus", String(cpus), image);
         assert.is(await vmm.guestSays("cpus"), String(cpus));
         const hash = await vmm.guestSays("hash");
-        if (before !== undefined) assert.is(hash, before, "the guest read what the disk holds");
+        await lab.checkHash(hash);
 
         await vmm.guestSays("fio");
         let fioEnded = false;
@@ -106,10 +81,10 @@ export function runAssignTests(kernel: KernelSeries): void {
         );
         assert.equal(errors, [0, 0, 0, 0, 0, 0]);
         assert.ok((stats.get("hypercalls/map/calls") ?? 0) > 1000, "every I/O was a map call");
-        const after = await diskHash();
+        const after = await lab.diskHash();
         if (after !== undefined) assert.is(after, rehash, "the disk's file holds what the guest wrote");
       },
     );
   }
-  test.run();
+  lab.run();
 }

@@ -2,25 +2,20 @@
 // calls between, on a machine without an assigned device and on one with two. Each call's answer is compared with
 // the table below, and so is what the VMM counted: a mistake gets its status and changes nothing.
 
-import { accessSync, closeSync, constants, openSync, truncateSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
-import { setTimeout as sleep } from "node:timers/promises";
-import { test } from "uvu";
 import * as assert from "uvu/assert";
 import { ERRNO } from "../../hypercalls/status.js";
 import { buildTestGuest } from "../guest/build.js";
 import { scratchDir } from "./cache.js";
-import { bindVfio, type Host, must, shellQuote } from "./host.js";
+import { bindVfio, type Host } from "./host.js";
 import { l1Bdf } from "./l1.js";
-import { LocalHost } from "./local.js";
-import { openHost } from "./open.js";
+import { blankDisk, LabSuite, localTest, RunningVmm, readStats } from "./support.js";
 
 const guestTimeoutMs = 120_000;
-const vmm = "dist/vmm.js";
 
 /** What the machine is like: assigned devices, and whether it has RAM above 4 GiB. */
 interface Shape {
-  devices: number;
+  /** Host addresses. */
+  devices: readonly string[];
   high: boolean;
 }
 
@@ -50,7 +45,7 @@ const innocents = `
   innocent:contiguous map_list ok 0 rdi=~000 pages=4
   innocent:twice map_list ok 0 rdi=~000 pages=2`;
 
-const offer = "rdi=0x10000 rsi=0x1 r8=~[13579bdf]000 r9=0x0";
+const offer = "rdi=0x10001 rsi=0x3 r8=~[13579bdf]000 r9=0x0";
 const probes = `
 = probe:plain probe ok 0 ${offer} r10=0x0
 = probe:ranges probe ok 0 ${offer} r10=0x[1-9]
@@ -66,10 +61,10 @@ const probes = `
 = probe-page:hole probe invalid EFAULT`;
 
 const assignments = ["2^16", "2^32-1", "2^53", "2^64-1", "above-32-bits", "other-function"].map(
-  (name) => `= is_assigned:${name} is_assigned ok 0 rdi=0x0 rsi=0x0 r8=0x0`,
+  (name) => `= is_assigned:${name} is_assigned ok 0 rdi=0x0 rsi=0x0 r8=0x0 r9=0x0 r10=0x0`,
 );
 
-const unknownCalls = ["0", "7", "99", "2^8+4", "2^16+4", "2^31+4", "2^32-1"].map(
+const unknownCalls = ["0", "8", "99", "2^8+4", "2^16+4", "2^31+4", "2^32-1"].map(
   (number) => `= unknown:${number} unknown invalid ENOSYS`,
 );
 
@@ -78,7 +73,8 @@ const handles = ["0", "next", "33", "2^31+1", "2^32", "2^32+1", "2^53+1", "2^63"
   map-handle:${handle} map invalid ENODEV
   unmap-handle:${handle} unmap invalid ENODEV
   map_list-handle:${handle} map_list invalid ENODEV rsi=0x0
-  unmap_list-handle:${handle} unmap_list invalid ENODEV rsi=0x0`,
+  unmap_list-handle:${handle} unmap_list invalid ENODEV rsi=0x0
+  release-handle:${handle} release invalid ENODEV`,
 );
 const otherDevice = `
 2 unmap-handle:other-device unmap invalid ESTALE
@@ -198,6 +194,14 @@ const unmapLists = `
   unmap_list:bytes-2^64-1 unmap_list invalid E2BIG rsi=0x0
   unmap_list:in-a-mapping unmap_list invalid ESTALE rsi=0x0`;
 
+const releases = `
+2 release:nothing release ok 0 rdi=0x0 rsi=0x0
+2 map:for-release map ok 0 rdi=~123 pages=2
+2 map_list:for-release map_list ok 0 rdi=~000 rsi=0x5 pages=5
+2 release:two release ok 0 rdi=0x2 rsi=0x7000 pages=7
+2 release:twice release ok 0 rdi=0x0 rsi=0x0
+2 unmap:released unmap invalid ESTALE`;
+
 const noCalls = [
   ...["out-16-bit", "out-8-bit", "in-32-bit", "port-3", "port-1", "port+1", "port+4"],
   ...["outs-of-call", "rep-outs-of-call", "outs-beside-call"],
@@ -210,6 +214,7 @@ const fromCpl3 = `
 = cpl3:unmap unmap invalid EPERM
 = cpl3:map_list map_list invalid EPERM rsi=0x0
 = cpl3:unmap_list unmap_list invalid EPERM rsi=0x0
+= cpl3:release release invalid EPERM
 = cpl3:99 unknown invalid EPERM
 = no-call:cpl3-out-16-bit none - 0`;
 
@@ -226,11 +231,12 @@ const theEnd = `
   innocent:twice unmap ok 0 iova=~ pages=2
   unmap:page unmap invalid ESTALE
   unmap:pages unmap invalid ESTALE
-  unmap:twin unmap invalid ESTALE`;
+  unmap:twin unmap invalid ESTALE
+  release:nothing-left release ok 0 rdi=0x0 rsi=0x0`;
 
 /** What the innocent mappings come to. Pages that are mapped twice: twin is page again, twice is one page. */
 function innocentTotals({ devices, high }: Shape): { pages: number; pinnedPages: number; entries: number } {
-  if (devices === 0) return { pages: 0, pinnedPages: 0, entries: 0 };
+  if (devices.length === 0) return { pages: 0, pinnedPages: 0, entries: 0 };
   const more = high ? 2 : 0;
   return { pages: 278 + more, pinnedPages: 276 + more, entries: 6 + 3 + 256 + 1 + 2 + more };
 }
@@ -239,7 +245,7 @@ function innocentTotals({ devices, high }: Shape): { pages: number; pinnedPages:
 function expectedCases(shape: Shape): { before: Case[]; after: Case[] } {
   const before = [
     ...[innocents, probes, ...assignments, ...unknownCalls, ...handles, otherDevice, maps, unmaps],
-    ...[...listArguments, mapLists, unmapLists, ...noCalls, fromCpl3],
+    ...[...listArguments, mapLists, unmapLists, releases, ...noCalls, fromCpl3],
   ];
   return { before: parseTable(before.join("\n"), shape), after: parseTable(theEnd, shape) };
 }
@@ -249,8 +255,8 @@ function parseTable(table: string, { devices, high }: Shape): Case[] {
     const match = /^([ =^12]) (\S+) (\S+) (\S+) (\S+) ?(.*)$/.exec(line);
     if (match === null) return [];
     const [, mark, name, call, status, errno, results] = match as unknown as [string, ...string[]];
-    if ((mark === "^" && !high) || Number(mark) > devices) return [];
-    if (devices > 0 || mark === "=") {
+    if ((mark === "^" && !high) || Number(mark) > devices.length) return [];
+    if (devices.length > 0 || mark === "=") {
       return [{ name, call, status, errno: errno as Case["errno"], results } as Case];
     }
     const entriesDone = /_list$/.test(call!) && !name!.startsWith("innocent:");
@@ -277,7 +283,7 @@ function lineOf(wanted: Case, printed: string | undefined): string {
 function expectedCounters(cases: readonly Case[], found: number): Map<string, number> {
   const counters = new Map<string, number>();
   const add = (name: string, more: number) => counters.set(name, (counters.get(name) ?? 0) + more);
-  for (const call of ["probe", "is_assigned", "map", "unmap", "map_list", "unmap_list"]) {
+  for (const call of ["probe", "is_assigned", "map", "unmap", "map_list", "unmap_list", "release"]) {
     for (const field of ["calls", "errors", "pages"]) add(`hypercalls/${call}/${field}`, 0);
   }
   for (const status of ["ok", "retry", "limit", "invalid", "gone"]) add(`hypercalls/status/${status}`, 0);
@@ -299,93 +305,68 @@ function expectedCounters(cases: readonly Case[], found: number): Map<string, nu
   return counters;
 }
 
-/** Of `statistics` what `wanted` names. */
-const pick = (statistics: ReadonlyMap<string, number>, wanted: ReadonlyMap<string, number>) =>
-  Object.fromEntries([...wanted.keys()].map((name) => [name, statistics.get(name)]));
-
-/** Reads the statistics directory until it has `wanted`, or for long enough; what it holds then. */
-async function readStatistics(
-  host: Host,
-  directory: string,
-  wanted: ReadonlyMap<string, number>,
-): Promise<Map<string, number>> {
-  for (let tries = 0; ; tries++) {
-    const text = await must(host, `cd ${shellQuote(directory)} && grep -r . .`);
-    const matches = text.matchAll(/^\.\/(\S+?):(\S+)$/gm);
-    const statistics = new Map([...matches].map(([, name, value]) => [name!, Number(value)]));
-    if (tries === 20 || [...wanted].every(([name, value]) => statistics.get(name) === value))
-      return statistics;
-    await sleep(200);
-  }
-}
-
 /** Boots the guest and holds every line of it, and what the VMM counted, against the table. */
 async function runCalls(host: Host, image: string, options: string[], shape: Shape): Promise<void> {
-  const directory = (await must(host, "mktemp -d")).trim();
-  const args = ["--kernel", image, "--cmdline", "pause", "--stats", "--stats-dir", directory, ...options];
-  const child = await host.spawn(`exec node ${vmm} ${args.map(shellQuote).join(" ")}`);
-  try {
-    const { before, after } = expectedCases(shape);
-    const { pages, pinnedPages, entries } = innocentTotals(shape);
-    const linesOf = (text: string) => [...text.matchAll(/^case .*$/gm)].map(([line]) => line.trimEnd());
-    const compare = (cases: readonly Case[]) => {
-      const lines = linesOf(child.stdout);
-      const wanted = cases.map((each, index) => lineOf(each, lines[index]));
-      // Only what differs: the table is long.
-      const wrong = [...wanted.keys()].filter((index) => lines[index] !== wanted[index]);
-      const at = (all: readonly string[]) => wrong.map((index) => all[index]);
-      assert.equal(at(lines), at(wanted));
-      assert.is(lines.length, cases.length, `${lines.length} cases`);
-    };
+  const args = ["--kernel", image, "--cmdline", "pause", ...options];
+  const vmm = await RunningVmm.start(host, args);
+  const child = vmm.process;
+  const { before, after } = expectedCases(shape);
+  const { pages, pinnedPages, entries } = innocentTotals(shape);
+  const linesOf = (text: string) => [...text.matchAll(/^case .*$/gm)].map(([line]) => line.trimEnd());
+  const compare = (cases: readonly Case[]) => {
+    const lines = linesOf(child.stdout);
+    const wanted = cases.map((each, index) => lineOf(each, lines[index]));
+    // Only what differs: the table is long.
+    const wrong = [...wanted.keys()].filter((index) => lines[index] !== wanted[index]);
+    const at = (all: readonly string[]) => wrong.map((index) => all[index]);
+    assert.equal(at(lines), at(wanted));
+    assert.is(lines.length, cases.length, `${lines.length} cases`);
+  };
 
-    // All mistakes are made, and only the innocent mappings are there.
-    await child.waitFor(/^pause innocents\r?$/m, guestTimeoutMs);
-    compare(before);
-    const assigned = [...child.stdout.matchAll(/^device slot=\d+ handle=(\d+) policy=(\w+) identity=(\d)/gm)];
-    const devices = assigned.filter(([, handle]) => handle !== "0");
-    assert.equal(
-      devices.map((match) => match.slice(1)),
-      Array.from({ length: shape.devices }, (_, index) => [String(index + 1), "strict", "0"]),
-    );
-    checkApart(child.stdout);
-    const during = new Map([
-      ...expectedCounters(before, assigned.length),
-      ["dma/mapped_bytes", pages * 4096],
-      ["dma/pinned_bytes", pinnedPages * 4096],
-      ["dma/entries", entries],
-      ["dma/stuck_mappings", 0],
-      ...(shape.devices > 0 ? ([["devices/1/mapped_bytes", pages * 4096]] as const) : []),
-      ...(shape.devices > 1 ? ([["devices/2/mapped_bytes", 0]] as const) : []),
-    ]);
-    assert.equal(pick(await readStatistics(host, directory, during), during), Object.fromEntries(during));
+  // All mistakes are made, and only the innocent mappings are there.
+  await child.waitFor(/^pause innocents\r?$/m, guestTimeoutMs);
+  compare(before);
+  const assigned = [...child.stdout.matchAll(/^device slot=\d+ handle=(\d+) policy=(\w+) identity=(\d)/gm)];
+  const devices = assigned.filter(([, handle]) => handle !== "0");
+  assert.equal(
+    devices.map((match) => match.slice(1)),
+    shape.devices.map((_, index) => [String(index + 1), "strict", "0"]),
+  );
+  checkApart(child.stdout);
+  const during = new Map([
+    ...expectedCounters(before, assigned.length),
+    ["dma/mapped_bytes", pages * 4096],
+    ["dma/pinned_bytes", pinnedPages * 4096],
+    ["dma/entries", entries],
+    ["dma/stuck_mappings", 0],
+    // The innocents are the first device's.
+    ...shape.devices.map(
+      (bdf, i) => [`devices/${bdf}/dma/mapped_bytes`, i === 0 ? pages * 4096 : 0] as const,
+    ),
+  ]);
+  assert.equal(Object.fromEntries(await vmm.settledStatistics(during)), Object.fromEntries(during));
 
-    // The innocent mappings go, each exactly once.
-    child.write("\n");
-    await child.waitFor(/^pause end\r?$/m, guestTimeoutMs);
-    compare([...before, ...after]);
-    assert.match(child.stdout, `core outstanding=0 mapped=${pages} unmapped=${pages}`);
-    const atEnd = new Map([
-      ...expectedCounters([...before, ...after], assigned.length),
-      ["dma/mapped_bytes", 0],
-      ["dma/pinned_bytes", 0],
-      ["dma/entries", 0],
-      ["dma/stuck_mappings", 0],
-    ]);
-    assert.equal(pick(await readStatistics(host, directory, atEnd), atEnd), Object.fromEntries(atEnd));
+  // The innocent mappings go, each exactly once.
+  child.write("\n");
+  await child.waitFor(/^pause end\r?$/m, guestTimeoutMs);
+  compare([...before, ...after]);
+  assert.match(child.stdout, `core outstanding=0 mapped=${pages} unmapped=${pages}`);
+  const atEnd = new Map([
+    ...expectedCounters([...before, ...after], assigned.length),
+    ["dma/mapped_bytes", 0],
+    ["dma/pinned_bytes", 0],
+    ["dma/entries", 0],
+    ["dma/stuck_mappings", 0],
+  ]);
+  assert.equal(Object.fromEntries(await vmm.settledStatistics(atEnd)), Object.fromEntries(atEnd));
 
-    // The VMM ends as if nothing had been, and says the same with --stats.
-    child.write("\n");
-    assert.is(await child.exited, 0, child.stderr);
-    assert.match(child.stdout, /^guest: end\r?$/m);
-    const printed = new Map(
-      [...child.stderr.matchAll(/^(\S+\/\S+) (\S+)$/gm)].map(([, name, value]) => [name!, Number(value)]),
-    );
-    assert.equal(pick(printed, atEnd), Object.fromEntries(atEnd));
-    assert.is(child.stderr.replaceAll(/^\S+\/\S+ \S+\n/gm, ""), "", "no word of the VMM but the statistics");
-  } finally {
-    child.kill("SIGKILL");
-    await host.run(`rm -rf ${shellQuote(directory)}`);
-  }
+  // The VMM ends as if nothing had been, and says the same with --stats.
+  child.write("\n");
+  assert.is(await child.exited, 0, child.stderr);
+  assert.match(child.stdout, /^guest: end\r?$/m);
+  const printed = readStats(child.stderr);
+  for (const [name, value] of atEnd) assert.is(printed.get(name), value, name);
+  assert.equal(vmm.messages(), []);
 }
 
 /** No two innocent mappings share a bus address. */
@@ -402,55 +383,24 @@ function checkApart(output: string): void {
   }
 }
 
-/** Why no guest can run on this very machine; undefined when one can. */
-function noKvm(): string | undefined {
-  try {
-    accessSync("/dev/kvm", constants.R_OK | constants.W_OK);
-    closeSync(openSync("/dev/kvm", "r+"));
-    return undefined;
-  } catch (error) {
-    return `/dev/kvm: ${(error as NodeJS.ErrnoException).code}`;
-  }
-}
-
-const why = noKvm();
-if (why !== undefined) console.log(`malformed hypercalls on this machine: skipped, ${why}; the lab has one`);
-(why === undefined ? test : test.skip)("malformed hypercalls, no device, this machine", async () => {
-  const host = new LocalHost();
-  try {
-    const image = await buildTestGuest("calls", host.shareDir);
-    await runCalls(host, image, ["--memory", "64M"], { devices: 0, high: false });
-  } finally {
-    await host.close();
-  }
+localTest("calls, this machine", "malformed hypercalls, no device", async (host) => {
+  const image = await buildTestGuest("calls", host.shareDir);
+  await runCalls(host, image, ["--memory", "64M"], { devices: [], high: false });
 });
 
-test("malformed hypercalls, assigned devices, RAM on both sides of the hole", async () => {
-  const files = scratchDir();
-  const blankDisk = (name: string) => {
-    const file = join(files.path, name);
-    writeFileSync(file, "");
-    truncateSync(file, 16 << 20);
-    return { file };
-  };
-  const { host, bdf } = await openHost({
-    nvme0: blankDisk("nvme0"),
-    nvme1: blankDisk("nvme1"),
-    name: "calls",
-  });
-  try {
-    const bdfs = [bdf];
-    if (host.kind === "l1") {
-      await bindVfio(host, l1Bdf.nvme1);
-      bdfs.push(l1Bdf.nvme1);
-    }
-    const image = await buildTestGuest("calls", host.shareDir);
-    const assign = bdfs.flatMap((each) => ["--assign", each]);
-    await runCalls(host, image, ["--memory", "4G", ...assign], { devices: bdfs.length, high: true });
-  } finally {
-    await host.close();
-    files.remove();
+const files = scratchDir();
+const lab = new LabSuite("calls", { nvme1: blankDisk(files.path, "nvme1") });
+
+lab.test("malformed hypercalls, assigned devices, RAM on both sides of the hole", async () => {
+  const { host, bdf } = lab;
+  const bdfs = [bdf];
+  if (host.kind === "l1") {
+    await bindVfio(host, l1Bdf.nvme1);
+    bdfs.push(l1Bdf.nvme1);
   }
+  const image = await buildTestGuest("calls", host.shareDir);
+  const assign = bdfs.flatMap((each) => ["--assign", each]);
+  await runCalls(host, image, ["--memory", "4G", ...assign], { devices: bdfs, high: true });
 });
 
-test.run();
+lab.run();

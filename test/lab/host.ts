@@ -39,10 +39,15 @@ export interface HostProcess {
   /** stdout and stderr in the order in which they came. */
   readonly output: string;
   /**
-   * Resolves when `pattern` is in the output that came after the last match of waitFor(). Rejects, with the end of
-   * the output in the message, when the process ends first or after `timeoutMs`.
+   * Resolves when `pattern` is in what came on a stream after the last match of waitFor() there; in `output` a line of
+   * one stream can stand in the middle of the other's. Rejects, with the end of the output in the message, when the
+   * process ends first or after `timeoutMs`.
    */
-  waitFor(pattern: RegExp, timeoutMs: number): Promise<RegExpExecArray>;
+  waitFor(
+    pattern: RegExp,
+    timeoutMs: number,
+    stream?: "stdout" | "stderr" | "output",
+  ): Promise<RegExpExecArray>;
   /** Writes to its stdin. */
   write(data: string | Buffer): void;
   /** Closes its stdin. */
@@ -82,7 +87,7 @@ export abstract class TrackedProcess implements HostProcess {
   readonly #waiters = new Set<() => void>();
   readonly #command: string;
   readonly #onOutput: SpawnOptions["onOutput"];
-  #matchedUpTo = 0;
+  readonly #matchedUpTo = { stdout: 0, stderr: 0, output: 0 };
   #end: { status: number } | { error: Error } | undefined;
   #settle!: { resolve: (status: number) => void; reject: (error: Error) => void };
 
@@ -125,7 +130,11 @@ export abstract class TrackedProcess implements HostProcess {
     for (const check of [...this.#waiters]) check();
   }
 
-  waitFor(pattern: RegExp, timeoutMs: number): Promise<RegExpExecArray> {
+  waitFor(
+    pattern: RegExp,
+    timeoutMs: number,
+    stream: "stdout" | "stderr" | "output" = "output",
+  ): Promise<RegExpExecArray> {
     const once = new RegExp(pattern.source, pattern.flags.replace(/[gy]/g, ""));
     return new Promise((resolve, reject) => {
       const settle = (action: () => void): void => {
@@ -138,9 +147,9 @@ export abstract class TrackedProcess implements HostProcess {
           reject(new Error(`${why} before ${pattern} came: ${this.#command}\n${tail(this.output)}`)),
         );
       const check = (): void => {
-        const match = once.exec(this.#text.output.slice(this.#matchedUpTo));
+        const match = once.exec(this.#text[stream].slice(this.#matchedUpTo[stream]));
         if (match !== null) {
-          this.#matchedUpTo += match.index + match[0].length;
+          this.#matchedUpTo[stream] += match.index + match[0].length;
           settle(() => resolve(match));
         } else if (this.#end !== undefined) {
           if ("error" in this.#end) fail(this.#end.error.message);

@@ -54,6 +54,11 @@ export interface NvmeDisk {
   file: string;
   /** More properties of QEMU's device, for example "sriov_max_vfs=2". */
   properties?: string;
+  /**
+   * Commands per second at the most. Guests are slow here and the device is not: only a device held back has as many
+   * commands in flight as its driver has given it.
+   */
+  iops?: number;
 }
 
 export interface L1Options {
@@ -357,9 +362,10 @@ function qemuArgs(
   }
   const nvme = (disk: NvmeDisk, port: string, serial: string, more = ""): void => {
     const properties = disk.properties === undefined ? "" : `,${disk.properties}`;
+    const throttle = disk.iops === undefined ? "" : `,throttling.iops-total=${disk.iops}`;
     devices.push(
       "-drive",
-      `if=none,id=${serial},format=raw,cache=writeback,discard=unmap,file=${comma(realpathSync(disk.file))}`,
+      `if=none,id=${serial},format=raw,cache=writeback,discard=unmap${throttle},file=${comma(realpathSync(disk.file))}`,
       "-device",
       `nvme,bus=${port},drive=${serial},serial=${serial}${more}${properties}`,
     );

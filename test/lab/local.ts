@@ -88,14 +88,17 @@ export async function startLocal(command: string, options: SpawnOptions = {}): P
           `stty rows ${options.pty.rows} cols ${options.pty.columns}; sh -c ${shellQuote(command)}`,
           "/dev/null",
         ];
-  const child = spawnChild(argv[0]!, argv.slice(1), {
+  // setpriv: when this process is gone, even by SIGKILL, the kernel kills the shell (and what it has become by exec).
+  const child = spawnChild("setpriv", ["--pdeathsig", "KILL", "--", ...argv], {
     cwd,
     env: { ...process.env, ...options.env },
     detached: true,
     stdio: ["pipe", "pipe", "pipe"],
   });
   const started = await new Promise<LocalProcess>((resolve, reject) => {
-    child.on("error", (error) => reject(new Error(`cannot start ${argv[0]} in ${cwd}: ${error.message}`)));
+    child.on("error", (error) =>
+      reject(new Error(`cannot start setpriv ${argv[0]} in ${cwd}: ${error.message}`)),
+    );
     child.on("spawn", () => resolve(new LocalProcess(child, command, options)));
   });
   if (options.pty !== undefined) {

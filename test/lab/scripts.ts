@@ -14,6 +14,62 @@ wait_disk() {
 hash() { sha256sum /dev/nvme0n1 | cut -d ' ' -f 1; }
 `;
 
+/**
+ * Takes its commands from the console, a line each, and says how each ended: RunningVmm.sh() is the other end. Needs fio.
+ *
+ * - `disk_of BDF`: the disk of an NVMe controller, such as /dev/nvme0n1; nothing when there is none.
+ * - `verify DISK OPTIONS…`: fio writes at random and verifies; prints fio's error and the number of its I/Os.
+ * - `throughput COUNT SECONDS DISK…`: fio reads at random from all the disks at once, COUNT times; prints each disk's I/Os
+ *   per second, disk by disk.
+ * - `bind BDF`: clears the kernel's log, binds nvme and waits; prints `disk` when there is one, `failed` when the driver has none of the device,
+ *   `no disk` when it has it and says that there will be none.
+ * - `complaints`: what the kernel has logged that it should not have.
+ */
+export const CONSOLE = `${PRELUDE}
+disk_of() { ls -d /sys/bus/pci/devices/$1/nvme/nvme*/nvme*n1 2> /dev/null | sed 's|.*/|/dev/|'; }
+fio_json() { fio --ioengine=io_uring --direct=1 --eta=never --output=/tmp/fio --output-format=json "$@" || { cat /tmp/fio; return 1; }; }
+verify() {
+  disk=$1; shift
+  fio_json --name=verify --filename=$disk --rw=randwrite --verify=crc32c --do_verify=1 --verify_fatal=1 "$@" || return 1
+  awk '/"error" :/ { error += $3 } /"total_ios" :/ { ios += $3 } END { print error, ios }' /tmp/fio
+}
+throughput() {
+  jobs=; count=$1; seconds=$2; shift 2
+  for i in $(seq $count); do
+    together=--stonewall
+    for disk; do jobs="$jobs --name=$disk-$i $together --filename=$disk"; together=; done
+  done
+  fio_json --thread --rw=randread --bs=4k --iodepth=16 --time_based --runtime=$seconds $jobs || return 1
+  awk '/"read" :/ { read = 1 } /"iops" :/ && read { printf "%d ", $3; read = 0 }' /tmp/fio
+}
+bind() {
+  dmesg -c > /dev/null
+  device=/sys/bus/pci/devices/$1
+  echo $1 > /sys/bus/pci/drivers/nvme/bind 2> /dev/null
+  for tries in $(seq 600); do
+    disk=$(disk_of $1)
+    [ -n "$disk" ] && [ -b $disk ] && { echo disk; return; }
+    [ -e $device/driver ] || { echo failed; return; }
+    dmesg | grep -q 'IO queues not created' && { echo no disk; return; }
+    sleep 0.1
+  done
+  echo "neither bound nor failed"
+}
+unbind() { [ ! -e /sys/bus/pci/devices/$1/driver ] || echo $1 > /sys/bus/pci/devices/$1/driver/unbind; }
+complaints() {
+  dmesg | grep -E 'BUG|WARNING|Oops|Call Trace|protection fault|blocked for more than|soft lockup|stall|I/O error|timeout|DMA-API'
+  return 0
+}
+echo 60 > /proc/sys/kernel/hung_task_timeout_secs
+dmesg -n 1 # what it logs stays out of what commands print; panics are shown all the same
+stty -echo
+say ready
+while read -r line; do
+  eval "$line" < /dev/null
+  say did $?
+done
+`;
+
 /** Reads the whole disk through the module and tells its hash. */
 export const READ_ALL = `${PRELUDE}
 modprobe pvdma || fail pvdma

@@ -9,6 +9,7 @@ import { scratchDir } from "./cache.js";
 import { buildGuestImage, guestEnd } from "./guest.js";
 import { bindVfio } from "./host.js";
 import { bootL1, l1Bdf } from "./l1.js";
+import { readStats } from "./support.js";
 
 const diskBytes = 64 << 20;
 const ramBytes = 512 << 20;
@@ -36,13 +37,6 @@ let step = 0;
 const started = Date.now();
 function progress(what: string): void {
   console.log(`[${++step}/${steps}] ${what}`);
-}
-
-/** "hypercalls/map/calls 123" lines, as the VMM's --stats prints them. */
-function readStats(text: string): Map<string, number> {
-  const stats = new Map<string, number>();
-  for (const match of text.matchAll(/^(\S+\/\S+) (\d+)\r?$/gm)) stats.set(match[1]!, Number(match[2]));
-  return stats;
 }
 
 function mib(bytes: number): string {

@@ -1,14 +1,18 @@
-// What lab tests share: a VMM that runs in the host, its console and its figures, and tests that leave their evidence
-// when they fail.
+// What lab tests share: a host with a disk to assign, a VMM that runs in it, its console and its figures, and tests that
+// leave their evidence when they fail.
 
 import { createHash, randomFillSync } from "node:crypto";
-import { createReadStream, writeFileSync } from "node:fs";
+import { accessSync, constants, createReadStream, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import type { Test } from "uvu";
-import { repoRoot } from "./cache.js";
+import { setTimeout as sleep } from "node:timers/promises";
+import { suite, type Test } from "uvu";
+import * as assert from "uvu/assert";
+import { repoRoot, scratchDir } from "./cache.js";
 import { guestEnd } from "./guest.js";
-import { type Host, type HostProcess, shellQuote, tail } from "./host.js";
-import { L1 } from "./l1.js";
+import { type Host, type HostProcess, must, shellQuote, tail } from "./host.js";
+import { L1, type L1Options, type NvmeDisk } from "./l1.js";
+import { LocalHost } from "./local.js";
+import { openHost } from "./open.js";
 
 export const MiB = 2 ** 20;
 /** From a VMM's start to its guest's first word: 10 s on a quiet machine, all of it software. */
@@ -18,6 +22,14 @@ export async function sha256OfFile(path: string): Promise<string> {
   const hash = createHash("sha256");
   for await (const piece of createReadStream(path)) hash.update(piece as Buffer);
   return hash.digest("hex");
+}
+
+/** A disk of zeros, for tests that need the device alone. */
+export function blankDisk(directory: string, name: string): NvmeDisk {
+  const file = join(directory, name);
+  writeFileSync(file, "");
+  truncateSync(file, 16 * MiB);
+  return { file };
 }
 
 /** A file of random content in a directory; returns its path. */
@@ -34,22 +46,40 @@ export class RunningVmm {
     readonly process: HostProcess,
   ) {}
 
-  static async start(host: Host, args: readonly string[]): Promise<RunningVmm> {
+  /** `around` is a shell command with %s for the VMM's; what it runs has to be the VMM itself in the end (exec). */
+  static async start(host: Host, args: readonly string[], around = "exec %s"): Promise<RunningVmm> {
     const command = ["node", join(repoRoot, "dist/vmm.js"), "--stats", ...args].map(shellQuote).join(" ");
-    const vmm = new RunningVmm(host, await host.spawn(`exec ${command}`));
+    const vmm = new RunningVmm(host, await host.spawn(around.replace("%s", command)));
     started.push(vmm);
     return vmm;
   }
 
   /** Waits for a line `guest: WORD …` of the guest's script and returns what follows the word. */
   async guestSays(word: string, timeoutMs = bootTimeoutMs): Promise<string> {
-    const match = await this.process.waitFor(new RegExp(`^guest: ${word}\\b *(.*?)\\r?\\n`, "m"), timeoutMs);
+    // Its console only: a line of the VMM's may come in the middle of one of the guest's.
+    const pattern = new RegExp(`^guest: ${word}\\b *(.*?)\\r?\\n`, "m");
+    const match = await this.process.waitFor(pattern, timeoutMs, "stdout");
     return match[1]!;
   }
 
   /** Lets the guest's script go on after a `read`. */
   goOn(): void {
     this.process.write("\n");
+  }
+
+  /**
+   * Has a guest that runs the script CONSOLE execute one line; returns what it printed. Rejects when its status is not
+   * 0 or it takes longer than `timeoutMs`.
+   */
+  async sh(line: string, timeoutMs = bootTimeoutMs): Promise<string> {
+    this.process.write(`${line}\n`);
+    const [, output, status] = await this.process.waitFor(
+      /^((?:.|[\r\n])*?)guest: did (\d+)\r?\n/,
+      timeoutMs,
+      "stdout",
+    );
+    if (status !== "0") throw new Error(`the guest's exit status ${status}: ${line}\n${tail(output!)}`);
+    return output!.replaceAll("\r", "");
   }
 
   /** Waits for the end: exit status of the VMM, of the guest's script, and the figures it printed. */
@@ -66,6 +96,59 @@ export class RunningVmm {
     };
   }
 
+  /** For the host's shell: where it keeps its figures and its control socket while it runs. */
+  get directory(): string {
+    return `"\${XDG_RUNTIME_DIR:-/run}/pvdma/${this.process.pid}"`;
+  }
+
+  /** The figures it keeps as files while it runs. */
+  async statistics(): Promise<Map<string, number>> {
+    return readFigures(await must(this.host, `cd ${this.directory} && grep -r . --exclude=control .`));
+  }
+
+  /** `vmm --tell`: returns what it printed. */
+  tell(...request: string[]): Promise<string> {
+    const words = request.map(shellQuote).join(" ");
+    return must(
+      this.host,
+      `node ${shellQuote(join(repoRoot, "dist/vmm.js"))} --tell ${this.directory} ${words}`,
+    );
+  }
+
+  /** A connection to its control socket, for who has much to ask; Node takes a second or two to start in the lab. */
+  async control(): Promise<{ ask(request: string): Promise<string> }> {
+    const script = "process.stdin.pipe(require('node:net').connect(process.argv[1])).pipe(process.stdout)";
+    const client = await this.host.spawn(`exec node -e ${shellQuote(script)} ${this.directory}/control`);
+    this.process.exited.finally(() => client.kill());
+    return {
+      ask: async (request) => {
+        client.write(`${request}\n`);
+        const [answer] = await client.waitFor(/^(?:.*\n)*?(ok|error:).*\n/, 60_000);
+        return answer;
+      },
+    };
+  }
+
+  /** The figures that `wanted` names, once they are as it says, or after long enough for them to be. */
+  async settledStatistics(wanted: ReadonlyMap<string, number>): Promise<Map<string, number>> {
+    for (let tries = 0; ; tries++) {
+      const figures = await this.statistics();
+      const named = new Map([...wanted.keys()].map((name) => [name, figures.get(name) ?? Number.NaN]));
+      if (tries === 20 || [...wanted].every(([name, value]) => named.get(name) === value)) return named;
+      await sleep(200);
+    }
+  }
+
+  /** What it said on stderr beside figures, line by line. */
+  messages(): string[] {
+    return this.process.stderr.split("\n").filter((line) => line !== "" && readStats(line).size === 0);
+  }
+
+  /** What the guest's module counts; the guest runs the script CONSOLE. */
+  async guestStatistics(): Promise<Map<string, number>> {
+    return readFigures(await this.sh("(cd /sys/kernel/debug/pvdma && grep -r . .)"));
+  }
+
   /** Bytes of locked and pinned memory of the VMM at this moment, as its kernel counts them. */
   async lockedBytes(): Promise<number> {
     const { stdout } = await this.host.run(`cat /proc/${this.process.pid}/status`);
@@ -75,9 +158,83 @@ export class RunningVmm {
   }
 }
 
+/** "./name:value" lines as grep prints them. */
+function readFigures(text: string): Map<string, number> {
+  return new Map([...text.matchAll(/^\.\/(\S+):(-?\d+(?:\.\d+)?)$/gm)].map((m) => [m[1]!, Number(m[2])]));
+}
+
 /** "name value" lines as --stats prints them. */
 export function readStats(text: string): Map<string, number> {
-  return new Map([...text.matchAll(/^([a-z]\S*\/\S+) (\d+(?:\.\d+)?)$/gm)].map((m) => [m[1]!, Number(m[2])]));
+  return new Map([...text.matchAll(/^([a-z]\S*) (\d+(?:\.\d+)?)$/gm)].map((m) => [m[1]!, Number(m[2])]));
+}
+
+/** Calls about mappings, each of which both views count. */
+const CALLS = ["map", "unmap", "map_list", "unmap_list", "release"];
+/** Calls that failed: the guest tried again, or gave up. */
+const FAILED = "retries + errors";
+
+/**
+ * What a VMM's statistics say in the words of the guest's view (/sys/kernel/debug/pvdma), for the numbers that both
+ * have. `devices`: the guest's BDF of each assigned device → the host's.
+ */
+function hostViewAsGuest(
+  host: ReadonlyMap<string, number>,
+  devices: Readonly<Record<string, string>>,
+): Map<string, number | undefined> {
+  const view = new Map<string, number | undefined>();
+  for (const name of ["hypercall_map", "hypercall_unmap", "hypercall_pv_dev"]) view.set(name, host.get(name));
+  for (const [guestBdf, hostBdf] of Object.entries(devices)) {
+    const of = (name: string) => host.get(`devices/${hostBdf}/${name}`) ?? Number.NaN;
+    const call = (name: string, field: string) => of(`hypercalls/${name}/${field}`);
+    const failed = (name: string) => call(name, "errors") + call(name, "injected");
+    const done = (name: string) => call(name, "calls") - failed(name);
+    const set = (name: string, value: number) => view.set(`${guestBdf}/${name}`, value);
+    for (const name of CALLS) set(`hypercalls/${name}`, call(name, "calls"));
+    for (const name of ["map", "unmap"]) {
+      set(`${name}s`, done(name));
+      set(`${name}_lists`, done(`${name}_list`));
+      set(`pages_${name}ped`, call(name, "pages") + call(`${name}_list`, "pages"));
+    }
+    set("outstanding_bytes", of("dma/mapped_bytes"));
+    set(
+      FAILED,
+      CALLS.map(failed).reduce((sum, each) => sum + each),
+    );
+  }
+  return view;
+}
+
+/**
+ * Asserts that guest and host agree about all that both count: calls, mappings, pages, failures, what is mapped now. They
+ * do when the guest rests (runs the script CONSOLE), loaded the module once, and calls the host by it alone. `devices`:
+ * the guest's BDF of each assigned device → the host's. The host's files may be a moment behind: they have 10 s. Returns
+ * both views.
+ */
+export async function assertViewsAgree(
+  vmm: RunningVmm,
+  devices: Readonly<Record<string, string>>,
+): Promise<{ guest: Map<string, number>; host: Map<string, number> }> {
+  const guest = await vmm.guestStatistics();
+  const ours = new Map<string, number | undefined>(guest);
+  for (const bdf of Object.keys(devices)) {
+    const failed = [...guest].filter(
+      ([name]) => name === `${bdf}/retries` || name.startsWith(`${bdf}/errors/`),
+    );
+    ours.set(
+      `${bdf}/${FAILED}`,
+      failed.reduce((sum, [, value]) => sum + value, 0),
+    );
+  }
+  for (const end = Date.now() + 10_000; ; await sleep(250)) {
+    const host = await vmm.statistics();
+    const theirs = hostViewAsGuest(host, devices);
+    const differing = [...theirs.keys()].filter((name) => ours.get(name) !== theirs.get(name));
+    if (differing.length === 0) return { guest, host };
+    if (Date.now() < end) continue;
+    const differences = (view: ReadonlyMap<string, number | undefined>) =>
+      Object.fromEntries(differing.map((name) => [name, view.get(name)]));
+    assert.equal(differences(ours), differences(theirs), "the guest's view is the host's");
+  }
 }
 
 /** VMMs that the test at hand started: their consoles are its evidence. */
@@ -104,4 +261,105 @@ export function labTest(test: Test, name: string, host: () => Host, body: () => 
       console.log(`  ${name}: ${((Date.now() - begun) / 1000).toFixed(1)} s`);
     }
   });
+}
+
+/** A test as labTest() makes them, on this very machine; it is skipped, with a line that says why, without /dev/kvm. */
+export function localTest(suiteName: string, name: string, body: (host: Host) => Promise<void>): void {
+  const test = suite(suiteName);
+  try {
+    accessSync("/dev/kvm", constants.R_OK | constants.W_OK);
+    const host = new LocalHost();
+    test.after(() => host.close());
+    labTest(
+      test,
+      name,
+      () => host,
+      () => body(host),
+    );
+  } catch (error) {
+    console.log(`${name}: skipped, /dev/kvm: ${(error as NodeJS.ErrnoException).code}; the lab has one`);
+    test.skip(name, () => undefined);
+  }
+  test.run();
+}
+
+/** The host of a LabSuite, and the disk of the controller that is assigned in it. */
+export interface LabOptions extends Omit<L1Options, "nvme0" | "name">, Pick<NvmeDisk, "iops" | "properties"> {
+  /** Default 1 MiB. */
+  diskBytes?: number;
+}
+
+/** Tests that share a host with one NVMe controller over a disk of random content; see openHost() about a real one. */
+export class LabSuite {
+  readonly files = scratchDir();
+  host!: Host;
+  /** The controller's address in the host. */
+  bdf!: string;
+  readonly #suite: Test;
+  readonly #disk: string;
+
+  /** `prepare` runs once, when the host is up and before the first test. */
+  constructor(name: string, options: LabOptions = {}, prepare?: () => Promise<void>) {
+    const { diskBytes = MiB, iops, properties, ...hostOptions } = options;
+    this.#suite = suite(name);
+    this.#disk = randomDisk(this.files.path, "disk.raw", diskBytes);
+    const nvme0 = {
+      file: this.#disk,
+      ...(iops !== undefined && { iops }),
+      ...(properties && { properties }),
+    };
+    this.#suite.before(async () => {
+      try {
+        ({ host: this.host, bdf: this.bdf } = await openHost({ ...hostOptions, nvme0, name }));
+        await prepare?.();
+      } catch (error) {
+        console.log(error); // uvu does not tell what a hook throws
+        throw error;
+      }
+    });
+    this.#suite.after(async () => {
+      await this.host?.close();
+      this.files.remove();
+    });
+  }
+
+  test(name: string, body: () => Promise<void>): void {
+    labTest(this.#suite, name, () => this.host, body);
+  }
+
+  /** To be called after the last test(). */
+  run(): void {
+    this.#suite.run();
+  }
+
+  /** Starts a VMM with the controller assigned. */
+  start(...args: string[]): Promise<RunningVmm> {
+    return RunningVmm.start(this.host, ["--assign", this.bdf, ...args]);
+  }
+
+  /** SHA-256 of what the disk holds; undefined where it is a real one, which guests alone read. */
+  async diskHash(): Promise<string | undefined> {
+    return this.host.kind === "l1" ? sha256OfFile(this.#disk) : undefined;
+  }
+
+  /** Asserts that a guest that read the whole disk read what it holds. */
+  async checkHash(hash: string): Promise<void> {
+    const content = await this.diskHash();
+    if (content !== undefined) assert.is(hash, content, "the guest read what the disk holds");
+  }
+
+  /** Pages that the host's kernel holds pinned for the long term: those pinned since its boot less those given back. */
+  async pinnedPages(): Promise<number> {
+    const text = await must(this.host, "echo 1 > /proc/sys/vm/stat_refresh; grep nr_foll_pin /proc/vmstat");
+    const [acquired, released] = [...text.matchAll(/\d+$/gm)].map((match) => Number(match[0]));
+    return acquired! - released!;
+  }
+
+  /** Lines of the host's kernel log in which the IOMMU refused the controller an access. */
+  async iommuFaults(): Promise<string[]> {
+    const about = this.bdf.slice(5);
+    return (await this.host.kernelLog())
+      .split("\n")
+      .filter((line) => /DMAR: \[|AMD-Vi: Event logged/.test(line) && line.includes(about));
+  }
 }

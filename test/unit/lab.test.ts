@@ -1,6 +1,8 @@
 // The pure parts of the lab: the initramfs writer, module order, the choice of kernel packages, the line protocol.
 
-import { spawnSync } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
+import { existsSync } from "node:fs";
+import { setTimeout as sleep } from "node:timers/promises";
 import { test } from "uvu";
 import * as assert from "uvu/assert";
 import { CpioArchive } from "../lab/cpio.js";
@@ -129,6 +131,24 @@ test("shellQuote: a shell gives the word back", () => {
     const { stdout } = spawnSync("sh", ["-c", `printf %s ${shellQuote(word)}`], { encoding: "utf8" });
     assert.is(stdout, word);
   }
+});
+
+test("local host: what it started dies with it, even by SIGKILL", async () => {
+  const local = new URL("../lab/local.js", import.meta.url).href;
+  const program = `
+    import { LocalHost } from "${local}";
+    console.log((await new LocalHost().spawn("exec sleep 1000")).pid);
+  `;
+  const owner = spawn(process.execPath, ["--input-type=module", "--eval", program]);
+  const pid = await new Promise<number>((resolve) =>
+    owner.stdout.once("data", (line) => resolve(Number(line))),
+  );
+  assert.ok(existsSync(`/proc/${pid}`), "it runs");
+  owner.kill("SIGKILL");
+  for (let tries = 0; tries < 100 && existsSync(`/proc/${pid}`); tries++) await sleep(50);
+  const left = existsSync(`/proc/${pid}`);
+  if (left) process.kill(pid, "SIGKILL");
+  assert.not(left, "it is gone");
 });
 
 test.run();

@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * QEMU's edu (docs/specs/edu): a device with a buffer of 4 KiB, to or from which
+ * it copies by DMA 100 ms after it was told to. A range beyond the buffer ends
+ * QEMU, so nothing here takes one. Bus addresses have 28 bits.
+ */
+#ifndef GUEST_EDU_H
+#define GUEST_EDU_H
+
+#include "lib.h"
+
+#define EDU_ID		0x11e81234	/* the first word of its configuration space */
+#define EDU_IOVA_MAX	0xfffffffull
+/* Most bytes of a copy; QEMU 7.2 takes all 4096 for one too many. */
+#define EDU_BYTES_MAX	4095u
+
+#define EDU_SOURCE	0x80
+#define EDU_TARGET	0x88
+#define EDU_BYTES	0x90
+#define EDU_COMMAND	0x98
+#define EDU_RUN		1
+#define EDU_TO_MEMORY	2
+#define EDU_BUFFER	0x40000
+
+#define PCI_COMMAND	0x04
+#define PCI_MEMORY	(1 << 1)
+#define PCI_MASTER	(1 << 2)
+#define PCI_BAR0	0x10
+
+/** edu_enable() - lets the device in a slot do DMA; returns where its registers are */
+static inline u64 edu_enable(u32 slot)
+{
+	pci_write(slot, 0, PCI_COMMAND, PCI_MEMORY | PCI_MASTER);
+	return pci_read(slot, 0, PCI_BAR0) & ~0xfu;
+}
+
+/** edu_busy() - is the last copy not done yet? */
+static inline bool edu_busy(u64 edu)
+{
+	return read32(edu + EDU_COMMAND) & EDU_RUN;
+}
+
+static inline void edu_copy(u64 edu, u64 from, u64 to, u32 bytes, u32 command)
+{
+	write32(edu + EDU_SOURCE, (u32)from);
+	write32(edu + EDU_TARGET, (u32)to);
+	write32(edu + EDU_BYTES, bytes < EDU_BYTES_MAX ? bytes : EDU_BYTES_MAX);
+	write32(edu + EDU_COMMAND, command | EDU_RUN);
+}
+
+/** edu_fetch() - starts a copy from memory to the front of the buffer */
+static inline void edu_fetch(u64 edu, u64 iova, u32 bytes)
+{
+	edu_copy(edu, iova, EDU_BUFFER, bytes, 0);
+}
+
+/** edu_store() - starts a copy from the front of the buffer to memory */
+static inline void edu_store(u64 edu, u64 iova, u32 bytes)
+{
+	edu_copy(edu, EDU_BUFFER, iova, bytes, EDU_TO_MEMORY);
+}
+
+#endif /* GUEST_EDU_H */

@@ -1,0 +1,80 @@
+// Each call that a driver makes while it probes fails once: the driver copes or gives up in good order, leaves nothing
+// mapped, and binds when it is asked again.
+
+import * as assert from "uvu/assert";
+import { SOAK } from "../soak.js";
+import type { KernelSeries } from "./packages.js";
+import { assertNothingLeft, assertViewsAgree, endDriven, loadNvme, startDriven } from "./recovery.js";
+import { LabSuite, MiB, type RunningVmm } from "./support.js";
+
+/** Enough for 200 maps: those of the probe, of the scan for partitions, and of reading it in pieces of 16 KiB. */
+const DISK_BYTES = 4 * MiB;
+const CALLS = SOAK
+  ? Array.from({ length: 200 }, (_, call) => call)
+  : [0, 1, 2, 3, 4, 5, 6, 8, 12, 40, 120, 199];
+const ROUND_TIMEOUT_MS = 120_000;
+const SLOT = "0000:00:01.0";
+
+const lab = new LabSuite("recovery-probe", { diskBytes: DISK_BYTES });
+
+/** Binds the driver, reads the disk if there is one, and unbinds it. */
+async function round(vmm: RunningVmm): Promise<{ outcome: string; log: string }> {
+  const outcome = (await vmm.sh(`bind ${SLOT}`, ROUND_TIMEOUT_MS)).trim();
+  if (outcome === "disk") {
+    const read = `dd if=$(disk_of ${SLOT}) iflag=direct bs=16k 2> /dev/null | sha256sum`;
+    await lab.checkHash((await vmm.sh(read, ROUND_TIMEOUT_MS)).split(" ")[0]!);
+  }
+  await vmm.sh(`unbind ${SLOT}`, ROUND_TIMEOUT_MS);
+  assert.is(await vmm.sh("complaints"), "", "the guest's kernel log");
+  return { outcome, log: await vmm.sh("dmesg | sed -n '/nvme/s/^[^]]*] //p'") };
+}
+
+async function assertNothingMapped(vmm: RunningVmm): Promise<void> {
+  const { host, guest } = await assertViewsAgree(vmm);
+  assert.is(guest.get(`${SLOT}/outstanding`), 0, "the guest has mappings");
+  assert.is(guest.get(`${SLOT}/leaked`), 0, "the driver left mappings behind");
+  assert.is(host.get("dma/mapped_bytes"), 0, "the host has mappings");
+  assert.is(host.get("dma/pinned_bytes"), 0, "the host has pages pinned");
+  assert.is(host.get("dma/released_mappings"), 0, "nothing had to be taken back by force");
+}
+
+for (const kernel of SOAK
+  ? (["6.12", "6.1"] satisfies KernelSeries[])
+  : (["6.12"] satisfies KernelSeries[])) {
+  lab.test(`${kernel} guest: each map of a probe fails once`, async () => {
+    const vmm = await startDriven(lab.host, [lab.bdf], { kernel });
+    await loadNvme(vmm);
+    await vmm.sh(`unbind ${SLOT}`);
+    const first = await round(vmm);
+    assert.is(first.outcome, "disk", first.log);
+
+    const control = await vmm.control();
+    const summary = new Map<string, number[]>();
+    for (const call of CALLS) {
+      await control.ask(`inject map,skip=${call},next=1`);
+      const { outcome, log } = await round(vmm);
+      const rules = await control.ask("inject");
+      await control.ask("uninject all");
+      assert.match(rules, /struck 1\)/, `call ${call} came`);
+      assert.ok(["disk", "failed", "no disk"].includes(outcome), `call ${call}: ${outcome}\n${log}`);
+      await assertNothingMapped(vmm);
+      const again = await round(vmm);
+      assert.is(again.outcome, "disk", `bound at the next try after call ${call} failed\n${again.log}`);
+
+      // With what it said, but for what changes from run to run.
+      const said = outcome === "disk" ? "" : log.trim().split("\n").slice(-2).join(" | ");
+      const bytes = /no mapping of (\d+) bytes/.exec(log)?.[1] ?? "?";
+      const what = `${outcome}, ${bytes} bytes${said && `: ${said}`}`.replace(/0x[0-9a-f]+/g, "0x…");
+      summary.set(what, [...(summary.get(what) ?? []), call]);
+    }
+    for (const [what, calls] of summary) console.log(`    ${calls.join(" ")}: ${what}`);
+    assert.ok(
+      [...summary.keys()].some((what) => !what.startsWith("disk")),
+      "some failures end a probe",
+    );
+    await assertNothingLeft(vmm);
+    await endDriven(vmm);
+  });
+}
+
+lab.run();
