@@ -1,0 +1,113 @@
+// What an emulated PCI device is to the rest: what it shows of itself, its registers, and what it can do to the guest,
+// which is DMA through the software IOMMU and message-signalled interrupts, and nothing else. Types only. A device
+// lives on a thread of its own (vmm/emul/), so nothing of it needs a lock. Bus addresses are IOVAs as the guest wrote
+// them: any 64-bit value, as a double, and then out of every range where it is 2^53 or more.
+
+/** Bytes of one register access. The machine splits accesses of 8 into two of 4, the low one first. */
+export type AccessBytes = 1 | 2 | 4;
+
+/** A BAR: memory, a power of two of at least 4096 bytes, of which all accesses are trapped. */
+export interface BarDescription {
+  /** 0 to 5. A BAR of 64 bits takes the next place as well. */
+  readonly index: number;
+  readonly bytes: number;
+  readonly bits: 32 | 64;
+}
+
+/** What configuration space shows; the machine does the rest (BARs, command, MSI, reset) by itself. */
+export interface PciDescription {
+  readonly vendorId: number;
+  readonly deviceId: number;
+  readonly subsystemVendorId: number;
+  readonly subsystemId: number;
+  readonly revision: number;
+  /** Base class, sub-class and programming interface, 24 bits. */
+  readonly classCode: number;
+  readonly bars: readonly BarDescription[];
+  /** Message-signalled interrupts: one kind. With MSI-X, table and pending bits are in `bar`, which holds no more. */
+  readonly interrupts:
+    | { readonly kind: "msi"; readonly vectors: number }
+    | { readonly kind: "msix"; readonly vectors: number; readonly bar: number };
+}
+
+/** Why an access to memory was refused; 0 when it was not. */
+export const DMA_FAULT = {
+  none: 0,
+  /** Nothing is mapped there for the device. */
+  notMapped: 1,
+  /** Mapped, but not for reading, or not for writing. */
+  access: 2,
+  /** Outside what the IOMMU translates (2^48), or beyond. */
+  range: 3,
+  /** The guest has not turned on bus mastering. */
+  noBusMaster: 4,
+} as const;
+export type DmaFault = (typeof DMA_FAULT)[keyof typeof DMA_FAULT];
+
+/**
+ * A device's way to guest memory. Both functions go page by page in ascending order, and end at the first page that is
+ * refused, which is recorded: what lies before it was done, what lies after it was not touched. `bytes` may be 0. When
+ * an unmap has returned, no access that began before it is still under way, and none sees what was mapped.
+ */
+export interface DmaPort {
+  /** Copies `bytes` bytes of memory at `iova` to `into`, from its offset `at` on. */
+  read(iova: number, into: Buffer, at: number, bytes: number): DmaFault;
+  /** Copies `bytes` bytes of `from`, from its offset `at` on, to memory at `iova`. */
+  write(iova: number, from: Buffer, at: number, bytes: number): DmaFault;
+}
+
+/** What a device is given. */
+export interface DeviceHost {
+  readonly dma: DmaPort;
+  /** Signals a vector (0 to vectors - 1); kept while the guest has it masked, lost while interrupts are off. */
+  interrupt(vector: number): void;
+  /**
+   * Runs `then` on the device's thread with what `operation` comes to. Until then the device is asked for work as
+   * before. Both functions of a device that was reset in the meantime are the device's to ignore.
+   */
+  later<T>(operation: Promise<T>, then: (result: T) => void, failed: (error: Error) => void): void;
+  /** A line for the user, about this device. */
+  warn(line: string): void;
+}
+
+/** A device at work. Nothing here throws for what the guest does. */
+export interface EmulatedDevice {
+  /** The guest reads a register: `offset` lies in the BAR, naturally aligned. Returns an unsigned value. */
+  read(bar: number, offset: number, bytes: AccessBytes): number;
+  /** The guest writes a register. */
+  write(bar: number, offset: number, bytes: AccessBytes, value: number): void;
+  /**
+   * Does a bounded piece of the work that waits (a millisecond or so). False when nothing waits: it is asked again after
+   * the next register access and whenever something of `later` has come in.
+   */
+  work(): boolean;
+  /** To the state after power-on: function level reset, and the machine's end. No DMA of before happens afterwards. */
+  reset(): void;
+  /** The machine is gone: gives back files. What the guest was told to be stored is stored when this settles. */
+  close(): Promise<void>;
+}
+
+/** What a device may need to know of the machine. */
+export interface MachineFacts {
+  readonly cpus: number;
+}
+
+/**
+ * A kind of device: `--assign emul:NAME,KEY=VALUE…`. To add one, write a file with one of these, and enter it in
+ * models.ts.
+ */
+export interface DeviceModel<Options> {
+  readonly name: string;
+  /** For --help: the keys, one line each. */
+  readonly help: readonly string[];
+  /**
+   * Checks what the user wrote (zod), before anything is touched; returns plain data that goes to the device's thread.
+   * Throws a ZodError, or an Error whose message says what is wrong.
+   */
+  parse(keys: Readonly<Record<string, string>>): Options;
+  /** Main thread: looks at files and the like without changing them. Throws an Error that names the thing and why. */
+  check(options: Options): void;
+  describe(options: Options, machine: MachineFacts): PciDescription;
+  /** On the device's thread. Throws an Error whose message says what cannot be had. */
+  create(options: Options, host: DeviceHost, machine: MachineFacts): EmulatedDevice;
+}
