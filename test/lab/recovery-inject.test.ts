@@ -9,7 +9,6 @@ import { l1Bdf } from "./l1.js";
 import {
   assertNoComplaints,
   assertNothingLeft,
-  assertViewsAgree,
   commandTimeoutMs,
   endDriven,
   guestHash,
@@ -17,7 +16,7 @@ import {
   startDriven,
   verify,
 } from "./recovery.js";
-import { LabSuite, MiB, type RunningVmm, randomDisk } from "./support.js";
+import { assertViewsAgree, LabSuite, MiB, type RunningVmm, randomDisk } from "./support.js";
 
 const DISK_BYTES = sized(4, 64) * MiB;
 /** Each writes the disk, in random order, and verifies it. */

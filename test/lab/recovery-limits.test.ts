@@ -8,7 +8,6 @@ import { QemuBeside } from "./qemu.js";
 import {
   assertNoComplaints,
   assertNothingLeft,
-  assertViewsAgree,
   type DrivenGuest,
   endDriven,
   guestHash,
@@ -17,7 +16,7 @@ import {
   verify,
 } from "./recovery.js";
 import { PRELUDE } from "./scripts.js";
-import { LabSuite, MiB } from "./support.js";
+import { assertViewsAgree, LabSuite, MiB } from "./support.js";
 
 /** Read when a container is opened, so it holds for a VMM that starts after it was set. */
 const ENTRY_LIMIT = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";

@@ -4,8 +4,8 @@
 import * as assert from "uvu/assert";
 import { SOAK } from "../soak.js";
 import type { KernelSeries } from "./packages.js";
-import { assertNothingLeft, assertViewsAgree, endDriven, loadNvme, startDriven } from "./recovery.js";
-import { LabSuite, MiB, type RunningVmm } from "./support.js";
+import { assertNothingLeft, endDriven, loadNvme, startDriven } from "./recovery.js";
+import { assertViewsAgree, LabSuite, MiB, type RunningVmm } from "./support.js";
 
 /** Enough for 200 maps: those of the probe, of the scan for partitions, and of reading it in pieces of 16 KiB. */
 const DISK_BYTES = 4 * MiB;

@@ -1,14 +1,13 @@
 // What the tests of recovery share: a guest that drives the device and is told on its console what to do, and the
 // questions that are asked in the end: was a byte wrong, did the kernel complain, do host and guest agree.
 
-import { setTimeout as sleep } from "node:timers/promises";
 import * as assert from "uvu/assert";
 import { SOAK } from "../soak.js";
 import { buildGuestImage } from "./guest.js";
 import type { Host } from "./host.js";
 import type { KernelSeries } from "./packages.js";
 import { CONSOLE } from "./scripts.js";
-import { RunningVmm } from "./support.js";
+import { assertViewsAgree, RunningVmm } from "./support.js";
 
 /** For one command of the guest: in the soak it may write and verify for long. */
 export const commandTimeoutMs = (SOAK ? 60 : 5) * 60_000;
@@ -60,50 +59,6 @@ export async function guestHash(vmm: RunningVmm, disk: string): Promise<string> 
 
 export async function assertNoComplaints(vmm: RunningVmm): Promise<void> {
   assert.is(await vmm.sh("complaints"), "", "the guest's kernel log");
-}
-
-/** What both sides count, side by side, when nothing is under way. */
-export interface Views {
-  readonly host: Map<string, number>;
-  readonly guest: Map<string, number>;
-}
-
-/**
- * Compares what the host and the guest say about the same calls, over all devices; nothing may be under way. The host's
- * files are up to 250 ms old, so they get some time.
- */
-export async function assertViewsAgree(vmm: RunningVmm): Promise<Views> {
-  const guest = await vmm.guestStatistics();
-  const inGuest = (name: string) => {
-    const paths = [...guest.keys()].filter((path) => path.endsWith(`/${name}`));
-    return paths.reduce((sum, path) => sum + guest.get(path)!, 0);
-  };
-  const counted = {
-    hypercall_map: guest.get("hypercall_map"),
-    hypercall_unmap: guest.get("hypercall_unmap"),
-    mapped: inGuest("outstanding_bytes"),
-    retry: inGuest("retries") + inGuest("errors/retry"),
-    limit: inGuest("errors/limit"),
-    invalid: inGuest("errors/invalid"),
-    gone: inGuest("errors/gone"),
-  };
-  for (let tries = 0; ; tries++) {
-    await sleep(500);
-    const host = await vmm.statistics();
-    const calls = (...names: string[]) =>
-      names.reduce((sum, name) => sum + (host.get(`hypercalls/${name}/calls`) ?? Number.NaN), 0);
-    const told = {
-      hypercall_map: calls("map", "map_list"),
-      hypercall_unmap: calls("unmap", "unmap_list"),
-      mapped: host.get("dma/mapped_bytes"),
-      retry: host.get("hypercalls/status/retry"),
-      limit: host.get("hypercalls/status/limit"),
-      invalid: host.get("hypercalls/status/invalid"),
-      gone: host.get("hypercalls/status/gone"),
-    };
-    if (JSON.stringify(told) === JSON.stringify(counted)) return { host, guest };
-    if (tries === 9) assert.equal(told, counted, "the host's figures, and the guest's");
-  }
 }
 
 /** Takes the driver away: nothing may be mapped then, on either side. */

@@ -44,12 +44,14 @@ export class RunningVmm {
   private constructor(
     readonly host: Host,
     readonly process: HostProcess,
+    /** Where the guest sees each of its devices, such as 0000:00:01.0 → what the VMM calls it. */
+    readonly devices: ReadonlyMap<string, string>,
   ) {}
 
   /** `around` is a shell command with %s for the VMM's; what it runs has to be the VMM itself in the end (exec). */
   static async start(host: Host, args: readonly string[], around = "exec %s"): Promise<RunningVmm> {
     const command = ["node", join(repoRoot, "dist/vmm.js"), "--stats", ...args].map(shellQuote).join(" ");
-    const vmm = new RunningVmm(host, await host.spawn(around.replace("%s", command)));
+    const vmm = new RunningVmm(host, await host.spawn(around.replace("%s", command)), devicesOf(args));
     started.push(vmm);
     return vmm;
   }
@@ -158,6 +160,12 @@ export class RunningVmm {
   }
 }
 
+/** The devices that a VMM's arguments assign, on the guest's bus in their order: no test asks for a slot of its own. */
+function devicesOf(args: readonly string[]): Map<string, string> {
+  const assigned = args.filter((_, i) => args[i - 1] === "--assign").map((text) => text.split(",")[0]!);
+  return new Map(assigned.map((name, i) => [`0000:00:${(i + 1).toString(16).padStart(2, "0")}.0`, name]));
+}
+
 /** "./name:value" lines as grep prints them. */
 function readFigures(text: string): Map<string, number> {
   return new Map([...text.matchAll(/^\.\/(\S+):(-?\d+(?:\.\d+)?)$/gm)].map((m) => [m[1]!, Number(m[2])]));
@@ -175,15 +183,15 @@ const FAILED = "retries + errors";
 
 /**
  * What a VMM's statistics say in the words of the guest's view (/sys/kernel/debug/pvdma), for the numbers that both
- * have. `devices`: the guest's BDF of each assigned device → the host's.
+ * have.
  */
 function hostViewAsGuest(
   host: ReadonlyMap<string, number>,
-  devices: Readonly<Record<string, string>>,
+  devices: RunningVmm["devices"],
 ): Map<string, number | undefined> {
   const view = new Map<string, number | undefined>();
   for (const name of ["hypercall_map", "hypercall_unmap", "hypercall_pv_dev"]) view.set(name, host.get(name));
-  for (const [guestBdf, hostBdf] of Object.entries(devices)) {
+  for (const [guestBdf, hostBdf] of devices) {
     const of = (name: string) => host.get(`devices/${hostBdf}/${name}`) ?? Number.NaN;
     const call = (name: string, field: string) => of(`hypercalls/${name}/${field}`);
     const failed = (name: string) => call(name, "errors") + call(name, "injected");
@@ -206,17 +214,16 @@ function hostViewAsGuest(
 
 /**
  * Asserts that guest and host agree about all that both count: calls, mappings, pages, failures, what is mapped now. They
- * do when the guest rests (runs the script CONSOLE), loaded the module once, and calls the host by it alone. `devices`:
- * the guest's BDF of each assigned device → the host's. The host's files may be a moment behind: they have 10 s. Returns
- * both views.
+ * do when the guest rests (runs the script CONSOLE), loaded the module once, bound every device, and calls the host by the
+ * module alone. The host's files may be a moment behind: they have 10 s. Returns both views.
  */
 export async function assertViewsAgree(
   vmm: RunningVmm,
-  devices: Readonly<Record<string, string>>,
 ): Promise<{ guest: Map<string, number>; host: Map<string, number> }> {
+  const { devices } = vmm;
   const guest = await vmm.guestStatistics();
   const ours = new Map<string, number | undefined>(guest);
-  for (const bdf of Object.keys(devices)) {
+  for (const bdf of devices.keys()) {
     const failed = [...guest].filter(
       ([name]) => name === `${bdf}/retries` || name.startsWith(`${bdf}/errors/`),
     );
