@@ -1,5 +1,5 @@
-// QEMU as a VMM inside L1, beside ours: the same device by VFIO, the same guest kernel without our module, a virtual
-// IOMMU in front of the device. What it does when the host cannot map is shown beside what we do; nothing here judges.
+// QEMU as a VMM inside L1, beside ours: the same guest kernel without our module, the same device by VFIO behind a
+// virtual IOMMU, or one that it emulates itself. What it does is shown beside what we do; nothing here judges.
 
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -14,7 +14,18 @@ export class QemuBeside {
    * Starts QEMU on the device `bdf`, which is bound to vfio-pci, with an emulated VT-d that the guest uses in strict
    * mode: every map and unmap of its drivers becomes one of VFIO's, as with ours.
    */
-  static async start(host: Host, bdf: string, options: GuestOptions): Promise<QemuBeside> {
+  static strict(host: Host, bdf: string, options: GuestOptions): Promise<QemuBeside> {
+    const devices = ["-device", "intel-iommu,intremap=on,caching-mode=on", "-device", `vfio-pci,host=${bdf}`];
+    return QemuBeside.start(host, devices, options, "intel_iommu=on iommu.strict=1");
+  }
+
+  /** Starts QEMU with a guest without our module, and these options for its devices. */
+  static async start(
+    host: Host,
+    devices: readonly string[],
+    options: GuestOptions,
+    kernelArgs = "",
+  ): Promise<QemuBeside> {
     const { kernel, initrd, cmdline } = await buildGuestParts({ ...options, pvdma: false });
     const initrdFile = join(host.shareDir, "beside-initrd");
     writeFileSync(initrdFile, initrd);
@@ -26,11 +37,10 @@ export class QemuBeside {
       "-accel", "kvm,kernel-irqchip=split",
       "-cpu", "host",
       "-m", "512",
-      "-device", "intel-iommu,intremap=on,caching-mode=on",
-      "-device", `vfio-pci,host=${bdf}`,
+      ...devices,
       "-kernel", kernel.vmlinuz,
       "-initrd", initrdFile,
-      "-append", `${cmdline} intel_iommu=on iommu.strict=1`,
+      "-append", `${cmdline} ${kernelArgs}`.trim(),
       "-serial", "stdio",
     ];
     return new QemuBeside(await host.spawn(`exec ${command.map(shellQuote).join(" ")}`));

@@ -92,7 +92,7 @@ wait_disk
 say hash $(hash)
 say errors $(dmesg | grep -c 'I/O error')
 `;
-      const qemu = await QemuBeside.start(lab.host, lab.bdf, { script });
+      const qemu = await QemuBeside.strict(lab.host, lab.bdf, { script });
       const ended = await qemu.end(sized(3, 10) * 60_000);
       assert.match(qemu.process.stdout, /^guest: /m, "its guest ran");
       const [hash = "nothing"] = qemu.said("hash");
