@@ -32,10 +32,13 @@ const RULES = [
 
 // Machines wander by far more than a driver would. So two devices are read from at the same time, on the same vCPUs, and
 // what is compared is the throughput of the one that is injected into as a share of the other's: the one whose I/Os cost
-// more gets fewer done. The median of many segments does not mind when some are off.
-const SEGMENTS = sized(3, 15);
-const SEGMENT_SECONDS = sized(1, 3);
+// more gets fewer done. Single shares wander by a quarter, their median by less the more there are: segments are added
+// until it is known well enough to tell a change of TOLERANCE from chance (three standard errors of a difference).
+const BATCH = sized(3, 15);
+const BATCHES = sized(1, 16);
+const SEGMENT_SECONDS = 1;
 const TOLERANCE = 0.1;
+const STANDARD_ERROR = TOLERANCE / 3 / Math.SQRT2;
 
 const files = scratchDir();
 const lab = new LabSuite(
@@ -49,18 +52,31 @@ const lab = new LabSuite(
 const median = (values: readonly number[]): number =>
   [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)]!;
 
+/** The standard error of a median, relative to it, by the spread of the middle half, which does not mind outliers. */
+function relativeError(values: readonly number[]): number {
+  const middle = median(values);
+  const deviation = 1.4826 * median(values.map((value) => Math.abs(value / middle - 1)));
+  return (1.2533 * deviation) / Math.sqrt(values.length);
+}
+
 /** Throughput of the first disk, as a share of the second's where there is one. */
 async function throughput(vmm: RunningVmm, when: string, disks: readonly string[]): Promise<number> {
-  const line = await vmm.sh(`throughput ${SEGMENTS} ${SEGMENT_SECONDS} ${disks.join(" ")}`, commandTimeoutMs);
-  const iops = line.trim().split(" ").map(Number);
-  assert.is(iops.length, SEGMENTS * disks.length, line);
-  const pairs = Array.from({ length: SEGMENTS }, (_, i) =>
-    iops.slice(i * disks.length, (i + 1) * disks.length),
-  );
-  const share = median(pairs.map(([own, other = 1]) => own! / other));
-  console.log(
-    `    ${when}: ${pairs.map((pair) => pair.join("/")).join(" ")} IOPS; median ${share.toFixed(3)}`,
-  );
+  const shares: number[] = [];
+  let error = Number.POSITIVE_INFINITY;
+  for (let batch = 0; batch < BATCHES && error > STANDARD_ERROR; batch++) {
+    const line = await vmm.sh(`throughput ${BATCH} ${SEGMENT_SECONDS} ${disks.join(" ")}`, commandTimeoutMs);
+    const iops = line.trim().split(" ").map(Number);
+    assert.is(iops.length, BATCH * disks.length, line);
+    for (let at = 0; at < iops.length; at += disks.length) {
+      shares.push(iops[at]! / (disks.length > 1 ? Math.max(iops[at + 1]!, 1) : 1));
+    }
+    error = relativeError(shares);
+  }
+  const share = median(shares);
+  const known = `${share.toFixed(3)} ± ${(error * share).toFixed(3)}`;
+  console.log(`    ${when}: ${known} of the other disk's, from ${shares.length} s`);
+  if (SOAK)
+    assert.ok(error <= STANDARD_ERROR, `${known}: too uncertain; the machine is too busy for this test`);
   return share;
 }
 
