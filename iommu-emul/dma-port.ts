@@ -8,7 +8,7 @@ import { FaultWriter } from "./faults.js";
 import { Iotlb } from "./iotlb.js";
 import { OwnLane } from "./lanes.js";
 import { PageTable, WORD_SHIFT } from "./page-table.js";
-import { HEADER, IOVA_END, Shared, WINDOW_BYTES, windowsOf } from "./shared.js";
+import { FLAG, HEADER, IOVA_END, Shared, WINDOW_BYTES, windowsOf } from "./shared.js";
 
 /** Up to here a copy is quicker done here than asked for. */
 const SMALL_BYTES = 64;
@@ -72,7 +72,9 @@ export class SoftDmaPort implements DmaPort {
     let fault: DmaFault = DMA_FAULT.noBusMaster;
     lane.enter();
     try {
-      if (lane.isBusMaster) {
+      const flags = lane.takeFlags();
+      if ((flags & FLAG.flush) !== 0) this.tlb.flush();
+      if ((flags & FLAG.busMaster) !== 0) {
         this.tlb.catchUp();
         fault = this.#pieces(iova, buffer, at, bytes, access);
       }

@@ -38,15 +38,19 @@ export class Iotlb {
     const behind = (generation - this.#generation) | 0;
     if (behind === 0) return;
     // As far behind as the ring is long, the oldest range may be overwritten at this moment.
-    if (behind < 0 || behind >= INVALIDATIONS) this.#pages.fill(NO_PAGE);
+    if (behind < 0 || behind >= INVALIDATIONS) this.flush();
     else for (let i = behind - 1; i >= 0; i--) this.#drop(((generation - i) & (INVALIDATIONS - 1)) * 2);
     this.#generation = generation;
+  }
+
+  flush(): void {
+    this.#pages.fill(NO_PAGE);
   }
 
   /** The word that PageTable.walk() gave for the page, or 0. */
   lookup(page: number): number {
     const pages = this.#pages;
-    const first = (page % SETS) * WAYS;
+    const first = (page & (SETS - 1)) * WAYS;
     for (let entry = first; entry < first + WAYS; entry++) {
       if (pages[entry] !== page) continue;
       this.hits++;
@@ -58,7 +62,7 @@ export class Iotlb {
   }
 
   enter(page: number, word: number, reach: number): void {
-    const set = page % SETS;
+    const set = page & (SETS - 1);
     const way = this.#next[set]!;
     this.#next[set] = (way + 1) % WAYS;
     const entry = set * WAYS + way;

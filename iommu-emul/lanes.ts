@@ -17,19 +17,23 @@
 // begins after U2 may be waited for as well, but only the one that U3 met: the section is a number that counts up.
 //
 // The same holds for a table of the page table that an unmap left empty, which is used again after U3 only, and for
-// bus mastering with "busMaster := 0" for U1 and U2 and its reading for D2.
+// bus mastering with "flag := 0" for U1 and U2 and its reading for D2.
 //
 // The ring of invalidations needs no more care: a second unmap posts after the first has waited for the access (the
 // lock), so while an access is at D2 at most one range is being written, and that is slot g + 1 of the ring, which
-// an access that is less than the ring's length behind does not read.
+// an access that is less than the ring's length behind does not read. The generation has 32 bits, so a device that
+// rests must not sleep through a whole turn of it: every 2^30 the unmap tells each lane to drop everything. (A lane
+// that is not told yet when it looks is at most one generation past that point, which waits for it.)
 //
 // The sleep. U3 adds itself to `waiters` before it sleeps on the section, D4 looks at `waiters` after it changed the
 // section: one of them sees the other, and Atomics.wait does not sleep when the section has changed already.
 
-import { HEADER, INVALIDATIONS, LANE, LANE_WORDS, type Shared } from "./shared.js";
+import { FLAG, HEADER, INVALIDATIONS, LANE, LANE_WORDS, type Shared } from "./shared.js";
 
 /** Looks at a section this often before it sleeps: an access of a page takes less. */
 const SPINS = 200;
+/** Generations, a power of two far below 2^31, after which lanes are told to drop everything. */
+const TURN = 2 ** 30;
 
 /** Everybody else's side of the lanes. Any thread. */
 export class Lanes {
@@ -49,6 +53,11 @@ export class Lanes {
     const at = (generation & (INVALIDATIONS - 1)) * 2;
     this.#invalidations[at] = firstPage;
     this.#invalidations[at + 1] = lastPage;
+    if ((generation & (TURN - 1)) === 0) {
+      for (let lane = 0; lane < this.#header[HEADER.lanes]!; lane++) {
+        Atomics.or(this.#words, lane * LANE_WORDS + LANE.flags, FLAG.flush);
+      }
+    }
     Atomics.store(this.#header, HEADER.generation, generation);
   }
 
@@ -72,13 +81,17 @@ export class Lanes {
   }
 
   setBusMaster(lane: number, on: boolean): void {
-    Atomics.store(this.#words, lane * LANE_WORDS + LANE.busMaster, on ? 1 : 0);
-    if (!on) this.waitFor(lane);
+    const at = lane * LANE_WORDS + LANE.flags;
+    if (on) Atomics.or(this.#words, at, FLAG.busMaster);
+    else {
+      Atomics.and(this.#words, at, ~FLAG.busMaster);
+      this.waitFor(lane);
+    }
   }
 
   markDead(lane: number): void {
     const at = lane * LANE_WORDS;
-    Atomics.store(this.#words, at + LANE.busMaster, 0);
+    Atomics.and(this.#words, at + LANE.flags, ~FLAG.busMaster);
     const section = Atomics.load(this.#words, at + LANE.section);
     if ((section & 1) !== 0) Atomics.store(this.#words, at + LANE.section, (section + 1) | 0);
     Atomics.notify(this.#words, at + LANE.section);
@@ -90,7 +103,7 @@ export class OwnLane {
   readonly #words: Int32Array;
   readonly #section: number;
   readonly #waiters: number;
-  readonly #busMaster: number;
+  readonly #flags: number;
   /** What the section holds: nobody else writes it while this thread lives. */
   #value: number;
 
@@ -99,7 +112,7 @@ export class OwnLane {
     this.#words = shared.lanes;
     this.#section = at + LANE.section;
     this.#waiters = at + LANE.waiters;
-    this.#busMaster = at + LANE.busMaster;
+    this.#flags = at + LANE.flags;
     this.#value = Atomics.load(this.#words, this.#section);
   }
 
@@ -116,8 +129,9 @@ export class OwnLane {
     if (Atomics.load(this.#words, this.#waiters) !== 0) Atomics.notify(this.#words, this.#section);
   }
 
-  /** Between enter and leave. */
-  get isBusMaster(): boolean {
-    return Atomics.load(this.#words, this.#busMaster) !== 0;
+  /** D2, between enter and leave: FLAG bits. `flush` is given once, and then done. */
+  takeFlags(): number {
+    const flags = Atomics.load(this.#words, this.#flags);
+    return (flags & FLAG.flush) === 0 ? flags : Atomics.and(this.#words, this.#flags, ~FLAG.flush);
   }
 }

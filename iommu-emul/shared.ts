@@ -50,12 +50,14 @@ export const LANE = {
   section: 0,
   /** Threads that wait for it to end. */
   waiters: 1,
-  busMaster: 2,
+  /** FLAG bits. */
+  flags: 2,
   /** Fault records written, and read, so far. */
   faultHead: 3,
   faultTail: 4,
 } as const;
 export const LANE_WORDS = 16;
+export const FLAG = { busMaster: 1, flush: 2 } as const;
 
 /** Doubles of a lane that only its device writes. */
 export const LANE_COUNT = { faults: 0, lost: 1, noBusMaster: 2 } as const;
