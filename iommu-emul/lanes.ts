@@ -80,6 +80,7 @@ export class Lanes {
     Atomics.sub(words, lane * LANE_WORDS + LANE.waiters, 1);
   }
 
+  /** Off: returns when the access that this lane has under way, if any, has ended. */
   setBusMaster(lane: number, on: boolean): void {
     const at = lane * LANE_WORDS + LANE.flags;
     if (on) Atomics.or(this.#words, at, FLAG.busMaster);
@@ -89,6 +90,7 @@ export class Lanes {
     }
   }
 
+  /** Ends, for everybody who waits, the access of a thread that is no more: from now on this one writes the section. */
   markDead(lane: number): void {
     const at = lane * LANE_WORDS;
     Atomics.and(this.#words, at + LANE.flags, ~FLAG.busMaster);
@@ -114,6 +116,9 @@ export class OwnLane {
     this.#waiters = at + LANE.waiters;
     this.#flags = at + LANE.flags;
     this.#value = Atomics.load(this.#words, this.#section);
+    if ((this.#value & 1) !== 0) {
+      throw new Error(`software IOMMU: lane ${lane} has an access under way; is its thread marked dead?`);
+    }
   }
 
   /** D1. `leave` follows, whatever happens. */

@@ -442,6 +442,7 @@ for (const what of ["unmap", "off"] as const) {
       await somebodyWaits(views, 0);
       await new Promise((resolve) => setTimeout(resolve, 20));
       assert.ok(!returned, "it waits");
+      assert.throws(() => new OwnLane(views, 0), /lane 0 has an access under way/);
       if (end === "leave") lane.leave();
       else iommu.markDead(0);
       assert.equal(await result, what === "unmap" ? PAGE : undefined);
