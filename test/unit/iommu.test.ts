@@ -379,9 +379,10 @@ dma("small pieces are moved in words, and a reader never sees half of one", asyn
     while (seen !== -1) {
       const word = Atomics.load(words, 3);
       if (word === seen) continue;
+      const halves = Atomics.load(words, 1);
+      if ((halves >>> 16) !== (halves & 0xffff)) torn++;
       const first = Atomics.load(words, 0);
-      if ((word >>> 16) !== (word & 0xffff)) torn++;
-      else if (word !== -1 && first !== -1 && ((first - word) & 0xffff) > 0x8000) early++;
+      if (word !== -1 && first !== -1 && first < word) early++;
       seen = word;
     }
     parentPort.postMessage({ torn, early });`;
@@ -390,8 +391,8 @@ dma("small pieces are moved in words, and a reader never sees half of one", asyn
   const port = new SoftDmaPort(shared, 0, window);
   const entry = Buffer.alloc(17);
   for (let i = 1; i < sized(200_000, 30_000_000); i++) {
-    const value = Math.imul(i % 0xffff, 0x10001);
-    for (let word = 0; word < 4; word++) entry.writeInt32LE(value, 1 + word * 4);
+    for (const word of [0, 2, 3]) entry.writeInt32LE(i, 1 + word * 4);
+    entry.writeInt32LE(Math.imul(i & 0xffff, 0x10001), 1 + 4);
     port.write(AT, entry, 1, 16);
   }
   entry.fill(0xff);
