@@ -200,7 +200,7 @@ class History {
     this.#compare();
     this.#compareStatistics();
     assert.equal(engine.close(), 0);
-    for (const backend of backends) assert.equal(backend.type1.entriesUsed, 0);
+    for (const backend of backends) assert.equal(backend.iommu.entriesUsed, 0);
     for (const memory of [state.pins, ...state.devicePins]) {
       // The second word is the peak.
       const words = new Int32Array(memory).filter((_, index) => index !== 2);
@@ -750,12 +750,12 @@ class History {
       }
     }
     for (const domain of TRANSLATED) {
-      const { type1 } = backends[domain]!;
-      assert.equal(type1.lockedBytes, reachable[domain]! * PAGE, "a device reaches more than what is mapped");
-      assert.equal(type1.entriesUsed, entries[domain]);
+      const { iommu } = backends[domain]!;
+      assert.equal(iommu.lockedBytes, reachable[domain]! * PAGE, "a device reaches more than what is mapped");
+      assert.equal(iommu.entriesUsed, entries[domain]);
     }
     const identityPages = this.#identityMapped ? RAM_PAGES : 0;
-    assert.equal(backends[2]!.type1.lockedBytes, identityPages * PAGE);
+    assert.equal(backends[2]!.iommu.lockedBytes, identityPages * PAGE);
     for (let pinner = 0; pinner < this.#pins.length; pinner++) {
       const expected = this.#pins[pinner]!;
       for (let page = 0; page < RAM_PAGES; page++) {

@@ -5,10 +5,9 @@ import assert from "node:assert/strict";
 import { Worker } from "node:worker_threads";
 import { suite } from "uvu";
 import { LIMITS, MAP_FLAG, POLICY, STATUS } from "../../hypercalls/abi.js";
-import { gpa, hva, iova } from "../../hypercalls/addresses.js";
+import { gpa, hva } from "../../hypercalls/addresses.js";
 import { createEngineState, Engine, type EngineConfig } from "../../hypercalls/engine.js";
 import { ERRNO, status } from "../../hypercalls/status.js";
-import { Type1 } from "../../iommu-emul/type1.js";
 import {
   entryWords,
   type Fixture,
@@ -33,7 +32,7 @@ const LIMIT = (errno: number) => status(STATUS.limit, errno);
 
 /** Nothing mapped, pinned or recorded any more. */
 function assertClean({ engine, backends, pinCount }: Fixture): void {
-  for (const backend of backends) assert.equal(backend.type1.entriesUsed, 0);
+  for (const backend of backends) assert.equal(backend.iommu.entriesUsed, 0);
   for (let page = 0; page < RAM_PAGES; page++) assert.equal(pinCount(page), 0, `RAM page ${page}`);
   for (const name of ["pinned_bytes", "mapped_bytes", "entries", "stuck_mappings"]) {
     assert.equal(stat(engine, `dma/${name}`), 0, name);
@@ -60,7 +59,7 @@ calls(
     }
     assert.equal(reach(backend, start - 1, read), -1);
     assert.equal(reach(backend, start + 2 * PAGE, read), -1);
-    assert.equal(backend.type1.entriesUsed, 1, "contiguous memory is one entry");
+    assert.equal(backend.iommu.entriesUsed, 1, "contiguous memory is one entry");
     assert.equal(engine.unmap(1, at, PAGE), 0);
     assert.equal(engine.out[0], 2 * PAGE);
     assert.equal(reach(backend, start, read), -1);
@@ -91,13 +90,13 @@ calls("a range over two slots is split only where the host memory is not contigu
   const start = MiB + 62 * PAGE;
   assert.equal(engine.map(1, start, 4 * PAGE, ANY, RW), 0);
   const at = engine.out[0]!;
-  assert.equal(backends[0]!.type1.entriesUsed, 2);
+  assert.equal(backends[0]!.iommu.entriesUsed, 2);
   for (let page = 0; page < 4; page++) {
     assert.equal(reach(backends[0]!, at + page * PAGE, read), hvaOfGpaPage(start / PAGE + page));
   }
   assert.equal(engine.unmap(1, at, 4 * PAGE), 0);
   assert.equal(backends[0]!.unmaps, 1, "one unmap for the whole");
-  assert.equal(backends[0]!.type1.entriesUsed, 0);
+  assert.equal(backends[0]!.iommu.entriesUsed, 0);
 });
 
 calls("a list becomes one range, an entry per contiguous run, one unmap", () => {
@@ -119,7 +118,7 @@ calls("a list becomes one range, an entry per contiguous run, one unmap", () => 
     [0, 1, 2, 3, 4, 5, 6].map((page) => reach(backends[0]!, at + page * PAGE, write)),
   );
   assert.equal(reach(backends[0]!, at + 7 * PAGE, write), -1);
-  assert.equal(backends[0]!.type1.entriesUsed, 3);
+  assert.equal(backends[0]!.iommu.entriesUsed, 3);
   assert.equal(engine.unmap(1, at, 7 * PAGE), 0);
   assert.equal(backends[0]!.unmaps, 1);
 });
@@ -657,76 +656,6 @@ calls("a configuration that contradicts itself is refused", () => {
 });
 
 calls.run();
-
-// ---- the software IOMMU ---------------------------------------------------------------------------------------------
-
-const software = suite("iommu-emul: type1 rules");
-const at = (address: number) => iova(address);
-const from = (address: number) => hva(address);
-
-software("errnos come in the kernel's order", () => {
-  const type1 = new Type1({
-    ranges: RANGES,
-    entries: 2,
-    lockedBytesMax: 4 * PAGE,
-    memory: [{ hva: from(0x10000), bytes: 16 * PAGE }],
-  });
-  const map = (iova: number, hva: number, bytes: number, access = 3) =>
-    type1.map(at(iova), from(hva), bytes, access);
-  assert.equal(map(MiB, 0x10000, PAGE, 0), ERRNO.EINVAL);
-  assert.equal(map(MiB + 1, 0x10000, PAGE), ERRNO.EINVAL);
-  assert.equal(map(MiB, 0x10001, PAGE), ERRNO.EINVAL);
-  assert.equal(map(MiB, 0x10000, PAGE + 1), ERRNO.EINVAL);
-  assert.equal(map(MiB, 0x10000, 0), ERRNO.EINVAL);
-  assert.equal(map(2 ** 64 - PAGE, 0x10000, 2 * PAGE), ERRNO.EINVAL);
-  assert.equal(map(MiB, 0x10000, 2 * PAGE), 0);
-  assert.equal(map(MiB + PAGE, 0x10000, PAGE), ERRNO.EEXIST);
-  assert.equal(map(MiB - PAGE, 0x10000, 2 * PAGE), ERRNO.EEXIST);
-  assert.equal(map(0xfee00000, 0x10000, PAGE), ERRNO.EINVAL);
-  assert.equal(map(0xfedff000, 0x10000, 2 * PAGE), ERRNO.EINVAL);
-  assert.equal(map(2 ** 39, 0x10000, PAGE), ERRNO.EINVAL);
-  assert.equal(map(2 * MiB, 0x10000, 3 * PAGE), ERRNO.ENOMEM, "each mapping counts, not each page");
-  assert.equal(map(2 * MiB, 0xf000, PAGE), ERRNO.EFAULT);
-  assert.equal(map(2 * MiB, 0x10000 + 15 * PAGE, 2 * PAGE), ERRNO.EFAULT);
-  assert.equal(map(2 * MiB, 0x10000, PAGE), 0);
-  assert.equal(map(MiB, 0x10000, PAGE), ERRNO.EEXIST, "before ENOSPC");
-  assert.equal(map(0xfee00000, 0x10000, PAGE), ERRNO.ENOSPC, "before the range check");
-  assert.equal(type1.lockedBytes, 3 * PAGE);
-});
-
-software("unmap takes whole mappings, several at a time, and nothing is no error", () => {
-  const type1 = new Type1({ ranges: RANGES, entries: 10 });
-  for (const page of [0, 4, 8]) assert.equal(type1.map(at(MiB + page * PAGE), from(0), 4 * PAGE, 3), 0);
-  const unmap = (page: number, pages: number) => type1.unmap(at(MiB + page * PAGE), pages * PAGE);
-  assert.equal(unmap(1, 3), -ERRNO.EINVAL);
-  assert.equal(unmap(0, 3), -ERRNO.EINVAL);
-  assert.equal(unmap(0, 9), -ERRNO.EINVAL);
-  assert.equal(unmap(0, 0.5), -ERRNO.EINVAL);
-  assert.equal(type1.entriesUsed, 3);
-  assert.equal(unmap(4, 8), 8 * PAGE);
-  assert.equal(unmap(4, 8), 0);
-  assert.equal(unmap(-1, 6), 4 * PAGE);
-  assert.equal(type1.entriesUsed, 0);
-  assert.equal(type1.lockedBytes, 0);
-});
-
-software("superpages and their edges translate byte by byte", () => {
-  const type1 = new Type1({ ranges: [{ first: 0, last: 2 ** 48 - 1 }], entries: 10 });
-  const GiB = 2 ** 30;
-  const first = 3 * GiB - 3 * PAGE;
-  const bytes = 2 * GiB + 2 * MiB + 5 * PAGE;
-  assert.equal(type1.map(at(first), from(0x7000_0000_0000), bytes, MAP_FLAG.read), 0);
-  for (const offset of [0, 3 * PAGE, GiB, 2 * GiB + 3 * PAGE, 2 * GiB + 2 * MiB + 3 * PAGE, bytes - 1]) {
-    assert.equal(type1.translate(at(first + offset), MAP_FLAG.read), 0x7000_0000_0000 + offset);
-    assert.equal(type1.translate(at(first + offset), MAP_FLAG.write), -1);
-  }
-  assert.equal(type1.translate(at(first - 1), MAP_FLAG.read), -1);
-  assert.equal(type1.translate(at(first + bytes), MAP_FLAG.read), -1);
-  assert.equal(type1.unmap(at(0), 2 ** 48), bytes);
-  assert.equal(type1.translate(at(4 * GiB), MAP_FLAG.read), -1);
-});
-
-software.run();
 
 // ---- threads --------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import {
 } from "../../../hypercalls/engine.js";
 import type { GuestMemory, RamSlot } from "../../../hypercalls/guest-ram.js";
 import { Pins } from "../../../hypercalls/pins.js";
-import { Type1 } from "../../../iommu-emul/type1.js";
+import { SoftIommu } from "../../../iommu-emul/iommu.js";
 
 export const PAGE = PAGE_BYTES;
 export const MiB = 2 ** 20;
@@ -50,7 +50,7 @@ export type Fault = { readonly errno: number } | "partly" | undefined;
 
 /** A software IOMMU whose calls can be made to fail, with a record of the entries that are really mapped. */
 export class FaultyBackend implements DmaBackend {
-  readonly type1: Type1;
+  readonly iommu: SoftIommu;
   /** By IOVA page. */
   readonly entries = new Map<number, { readonly pages: number; readonly hva: number }>();
   mapFault: () => Fault = () => undefined;
@@ -60,15 +60,15 @@ export class FaultyBackend implements DmaBackend {
   /** What came of the map calls, in order: the IOVA page, or -1 when it failed; for tests to empty. */
   readonly mapped: number[] = [];
 
-  constructor(type1: Type1) {
-    this.type1 = type1;
+  constructor(iommu: SoftIommu) {
+    this.iommu = iommu;
   }
 
   map(at: Iova, from: Hva, bytes: number, access: number): number {
     this.maps++;
     const fault = this.mapFault();
     const injected = fault !== undefined && fault !== "partly";
-    const errno = injected ? fault.errno : this.type1.map(at, from, bytes, access);
+    const errno = injected ? fault.errno : this.iommu.map(at, from, bytes, access);
     this.mapped.push(errno === 0 ? at / PAGE : -1);
     if (errno === 0) this.entries.set(at / PAGE, { pages: bytes / PAGE, hva: from });
     return errno;
@@ -86,7 +86,7 @@ export class FaultyBackend implements DmaBackend {
       at = iova(first * PAGE);
       bytes = this.entries.get(first)!.pages * PAGE;
     }
-    const unmapped = this.type1.unmap(at, bytes);
+    const unmapped = this.iommu.unmap(at, bytes);
     if (unmapped > 0) for (; first < (at + bytes) / PAGE; first++) this.entries.delete(first);
     return unmapped;
   }
@@ -121,8 +121,8 @@ export function makeEngine(options: FixtureOptions = {}): Fixture {
   const ranges = options.ranges ?? RANGES;
   const entries = options.entries ?? 4096;
   const { hostEntries = entries, lockedBytesMax = Number.POSITIVE_INFINITY } = options;
-  const type1 = () => new Type1({ ranges, entries: hostEntries, lockedBytesMax, memory: RAM });
-  const backends = [0, 1, 2].map(() => new FaultyBackend(type1()));
+  const settings = { ranges, entries: hostEntries, lockedBytesMax, memory: RAM, lanes: 0, tables: 2048 };
+  const backends = [0, 1, 2].map(() => new FaultyBackend(new SoftIommu(SoftIommu.create(settings))));
   const device = (handle: number, bdf: number, domain: number): DeviceConfig => ({
     name: `0000:0${handle}:00.0`,
     bdf,
@@ -135,7 +135,7 @@ export function makeEngine(options: FixtureOptions = {}): Fixture {
     ram: RAM,
     domains: backends.map((backend, index) => ({
       kind: index === 2 ? "identity" : "translated",
-      limits: { ...backend.type1.limits(), entries },
+      limits: { ...backend.iommu.limits(), entries },
     })),
     devices: [device(1, 0x10, 0), device(2, 0x18, 0), device(3, 0x10020, 1), device(4, 0x28, 2)],
     quotaBytes: options.quotaBytes ?? 0,
@@ -164,7 +164,7 @@ export function entryWords(entries: readonly (readonly [at: number, bytes: numbe
 
 /** Where a device of the domain that reads or writes the byte ends up; -1 for a fault. */
 export function reach(backend: FaultyBackend, at: number, access: number): number {
-  return backend.type1.translate(iova(at), access);
+  return backend.iommu.translate(iova(at), access);
 }
 
 /** The guest's memory: real bytes for the fixture's RAM. */
