@@ -38,7 +38,11 @@ export interface ControllerCore {
    * Goes on with `then` when `operation`, which answers with an errno, is done, unless the command or the controller
    * ended meanwhile. `then` answers with a status, or PENDING. Returns PENDING.
    */
-  later(command: Command, operation: Promise<number>, then: (command: Command, errno: number) => number): number;
+  later(
+    command: Command,
+    operation: Promise<number>,
+    then: (command: Command, errno: number) => number,
+  ): number;
   /** The guest's doorbell pages changed or a queue came: takes the shadow values of now as where the queues are. */
   adoptShadow(submission: SubmissionQueue | undefined, completion: CompletionQueue | undefined): void;
 }

@@ -120,7 +120,7 @@ export class IoCommands {
     return this.#core.later(command, disk.sync(), this.#stored);
   }
 
-  readonly #stored = (command: Command, errno: number): number => {
+  readonly #stored = (_command: Command, errno: number): number => {
     return errno === 0 ? STATUS.ok : this.#writeError(errno);
   };
 
@@ -128,11 +128,7 @@ export class IoCommands {
     const core = this.#core;
     core.health.writeCommands++;
     const deallocate = (command.words[12]! & DEALLOCATE) !== 0;
-    return core.later(
-      command,
-      core.disk.zero(command.fileOffset, command.bytes, deallocate),
-      this.#written,
-    );
+    return core.later(command, core.disk.zero(command.fileOffset, command.bytes, deallocate), this.#written);
   }
 
   #compare(command: Command): number {
@@ -170,7 +166,7 @@ export class IoCommands {
     return 0;
   }
 
-  readonly #verified = (command: Command, errno: number): number => {
+  readonly #verified = (_command: Command, errno: number): number => {
     return errno === 0 ? STATUS.ok : this.#mediaError(STATUS.readError);
   };
 

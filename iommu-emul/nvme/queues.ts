@@ -5,8 +5,11 @@ import type { DmaPort } from "../device.js";
 import type { Command } from "./command.js";
 import { CQE_BYTES } from "./spec.js";
 
-/** Completions that are written to guest memory in one piece, at most. */
-const BATCH = 32;
+/**
+ * Completions that are written to guest memory in one piece, at most: 64 bytes, up to which the port writes words in
+ * ascending order, so that an entry's phase tag, which is in its last word, is seen after the rest of it.
+ */
+const BATCH = 4;
 
 export class CompletionQueue {
   readonly id: number;
@@ -93,7 +96,7 @@ export class CompletionQueue {
     return written;
   }
 
-  /** The entries before the tail. An entry is 16 aligned bytes and copied as such: the guest sees it whole. */
+  /** The entries before the tail. */
   #write(dma: DmaPort): boolean {
     const bytes = this.#batched * CQE_BYTES;
     const first = this.#tail - this.#batched;
