@@ -426,6 +426,7 @@ export class NvmeController implements EmulatedDevice, ControllerCore {
     }
     queue.head = (queue.head + count) % queue.entries;
     queue.underWay += count;
+    this.health.commands += count;
     completions.reserved += count;
     let moved = 0;
     for (let i = 0; i < count; i++) {

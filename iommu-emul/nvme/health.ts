@@ -12,6 +12,8 @@ const UNIT_BYTES = 512_000;
 export const WARNING = { temperature: 1 << 1 } as const;
 
 export class Health {
+  /** Fetched, of all queues; not in a log page. */
+  commands = 0;
   bytesRead = 0;
   bytesWritten = 0;
   readCommands = 0;

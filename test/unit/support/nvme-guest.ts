@@ -78,7 +78,8 @@ export class NvmeGuest {
   #nextId = 0;
   #later = 0;
   /** While set, results of file operations are kept back. */
-  #held: (() => void)[] | undefined;
+  #held: { readonly order: number; readonly done: () => void }[] | undefined;
+  #operations = 0;
   #wake: (() => void) | undefined;
   admin!: GuestQueue;
 
@@ -123,6 +124,7 @@ export class NvmeGuest {
       interrupt: (vector) => this.interrupts.push(vector),
       later: (operation, then, failed) => {
         this.#later++;
+        const order = this.#operations++;
         const deliver = (run: () => void) => {
           const done = () => {
             this.#later--;
@@ -130,7 +132,7 @@ export class NvmeGuest {
             this.#wake?.();
           };
           if (this.#held === undefined) done();
-          else this.#held.push(done);
+          else this.#held.push({ order, done });
         };
         operation.then(
           (result) => deliver(() => then(result)),
@@ -168,6 +170,12 @@ export class NvmeGuest {
   /** The device reaches the pages no more; the test still does. */
   unmap(at: number, pages: number): void {
     assert.equal(this.iommu.unmap(iova(at), pages * PAGE), pages * PAGE);
+  }
+
+  /** A page that was unmapped, at its old address. */
+  remap(at: number): void {
+    const memoryPage = this.#pages.get(at / PAGE)!;
+    assert.equal(this.iommu.map(iova(at), hva(HVA + memoryPage * PAGE), PAGE, RW), 0);
   }
 
   setBusMaster(on: boolean): void {
@@ -281,17 +289,30 @@ export class NvmeGuest {
   async heldCount(count: number): Promise<void> {
     while (this.#held!.length < count) await new Promise(setImmediate);
   }
+  /** Results come in the order in which their operations began. */
   release(): void {
     const held = this.#held ?? [];
     this.#held = undefined;
-    for (const done of held) done();
+    held.sort((a, b) => a.order - b.order);
+    for (const { done } of held) done();
+  }
+
+  /** While results are held back: all operations end, and their results come, in an order that is always the same. */
+  async settle(): Promise<void> {
+    while (this.#later > 0) {
+      await this.heldCount(this.#later);
+      this.release();
+      this.hold();
+      this.runNow();
+    }
   }
 
   /** CC.EN with the admin queues of `entries`, as Linux does it. */
   start(entries = 32): void {
     this.setReg(0x14, 0);
     assert.equal(this.reg(0x1c) & 1, 0, "CSTS.RDY follows CC.EN");
-    this.admin = new GuestQueue(this, 0, entries, entries);
+    if (this.admin?.entries === entries) this.admin.restart();
+    else this.admin = new GuestQueue(this, 0, entries, entries);
     this.setReg(0x24, ((entries - 1) << 16) | (entries - 1));
     this.setReg(0x28, this.admin.sq % 2 ** 32);
     this.setReg(0x2c, Math.floor(this.admin.sq / 2 ** 32));
@@ -350,10 +371,17 @@ export class GuestQueue {
     this.entries = entries;
     this.#cqEntries = cqEntries;
     this.sq = guest.map(Math.ceil((entries * 64) / PAGE));
-    const cqPages = Math.ceil((cqEntries * 16) / PAGE);
-    this.cq = guest.map(cqPages);
-    // Phase tags begin as 0.
-    guest.poke(this.cq, Buffer.alloc(cqPages * PAGE));
+    this.cq = guest.map(Math.ceil((cqEntries * 16) / PAGE));
+    this.restart();
+  }
+
+  /** To the state in which a controller begins with it: phase tags are 0. */
+  restart(): void {
+    this.tail = 0;
+    this.head = 0;
+    this.phase = 1;
+    this.shadow = undefined;
+    this.#guest.poke(this.cq, Buffer.alloc(this.#cqEntries * 16));
   }
 
   /** Puts a command into the queue, without telling the controller. Its id. */
