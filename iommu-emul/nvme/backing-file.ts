@@ -58,6 +58,7 @@ export class BackingFile {
   readonly #fd: number;
   readonly #natives: FileNatives;
   #canPunch: boolean;
+  #canReadCached: boolean;
   /** Written since the last sync began; what others wrote before us counts. */
   #dirty = true;
   #syncing: Promise<number> | undefined;
@@ -96,14 +97,18 @@ export class BackingFile {
     this.bytes = bytes;
     this.readonly = readonly;
     this.#natives = natives;
+    this.#canReadCached = natives.readCached !== undefined;
     this.#canPunch = natives.punchHole !== undefined;
   }
 
   /** Reads to the buffer's start, at once; WOULD_WAIT when a disk would have to be asked. */
   readNow(into: DataBuffer, bytes: number, offset: number): number {
-    const { readCached } = this.#natives;
-    if (readCached !== undefined && into.address !== 0) {
-      return readCached(this.#fd, into.address, bytes, offset) === bytes ? 0 : WOULD_WAIT;
+    if (this.#canReadCached && into.address !== 0) {
+      const done = this.#natives.readCached!(this.#fd, into.address, bytes, offset);
+      if (done === bytes) return 0;
+      if (done !== -EOPNOTSUPP) return WOULD_WAIT;
+      // A file system that cannot tell (tmpfs before Linux 6.6, for one) is taken to be quick.
+      this.#canReadCached = false;
     }
     try {
       return fs.readSync(this.#fd, into.bytes, 0, bytes, offset) === bytes ? 0 : WOULD_WAIT;

@@ -22,7 +22,7 @@ const MODEL = "pvdma NVMe";
 /** Slot 1 of the firmware page says the same. */
 const FIRMWARE = "1.0";
 
-/** Which disk this is: from the file's path, so that the guest finds it again. */
+/** Which disk this is, the same every time, so that the guest finds it again. */
 export interface DiskIdentity {
   /** 20 characters. */
   readonly serial: string;
@@ -36,11 +36,13 @@ export interface NamespaceFacts {
   readonly readonly: boolean;
 }
 
-export function identityOf(path: string): DiskIdentity {
-  const uuid = createHash("sha1").update(`pvdma nvme ${path}`).digest().subarray(0, 16);
+/** `serial`: what the user chose, up to 20 printable characters; without it the path says which disk it is. */
+export function identityOf(path: string, serial: string | undefined): DiskIdentity {
+  const name = serial === undefined ? `path ${path}` : `serial ${serial}`;
+  const uuid = createHash("sha1").update(`pvdma nvme ${name}`).digest().subarray(0, 16);
   uuid[6] = (uuid[6]! & 0x0f) | 0x50;
   uuid[8] = (uuid[8]! & 0x3f) | 0x80;
-  return { serial: `PVDMA${uuid.toString("hex").slice(0, 12).toUpperCase()}`, uuid };
+  return { serial: serial ?? `PVDMA${uuid.toString("hex").slice(0, 12).toUpperCase()}`, uuid };
 }
 
 const text = (page: Buffer, at: number, bytes: number, value: string): void => {

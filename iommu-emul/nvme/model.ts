@@ -15,6 +15,8 @@ export interface NvmeOptions {
   readonly bytes: number | undefined;
   readonly readonly: boolean;
   readonly blockBytes: number;
+  /** What the guest knows the disk by, instead of something made from the file's path. */
+  readonly serial: string | undefined;
 }
 
 /** Pairs of doorbells in one shadow page, less the admin pair. */
@@ -37,6 +39,10 @@ const schema = z
     size: size.optional(),
     readonly: z.enum(["on", "off"], "not on or off").default("off"),
     lba: z.enum(["512", "4096"], "not 512 or 4096").default("512"),
+    serial: z
+      .string()
+      .regex(/^[!-~]([ -~]{0,18}[!-~])?$/, "not 1 to 20 printable characters")
+      .optional(),
   })
   .transform(
     (keys): NvmeOptions => ({
@@ -44,6 +50,7 @@ const schema = z
       bytes: keys.size,
       readonly: keys.readonly === "on",
       blockBytes: Number(keys.lba),
+      serial: keys.serial,
     }),
   );
 
@@ -75,6 +82,7 @@ export const nvmeModel = (natives: FileNatives = {}): DeviceModel<NvmeOptions> =
     "size=BYTES     makes a sparse file where there is none; otherwise the size it must have",
     "readonly=on    the guest cannot write; the file is opened for reading only",
     "lba=512|4096   bytes in a block, 512 if not given",
+    "serial=TEXT    what the guest knows the disk by; made from the file's path if not given",
   ],
 
   parse: (keys) => schema.parse(keys),
@@ -120,7 +128,7 @@ export const nvmeModel = (natives: FileNatives = {}): DeviceModel<NvmeOptions> =
     }
     return new NvmeController(host, {
       disk,
-      identity: identityOf(fs.realpathSync(file)),
+      identity: identityOf(fs.realpathSync(file), options.serial),
       blockBytes,
       ioQueues: queuesFor(machine),
       addressOf: natives.addressOf,

@@ -1,16 +1,36 @@
 // A guest that does everything wrong: registers, doorbells, queue entries, PRP lists and SGLs at random, most of them
-// nearly right, with memory that comes and goes under the controller. The same seed does the same again: results of file
-// operations are delivered in a fixed order. PVDMA_SEED=n repeats one.
+// nearly right, with memory that comes and goes under the controller. PVDMA_SEED=n repeats one seed: with even ones file
+// operations are done when they begin, so that all is the same again; with odd ones they are done by Node's threads, and
+// what two of them at one place leave in the file is chance.
 
 import assert from "node:assert/strict";
 import fs from "node:fs";
 import { join } from "node:path";
+import { promisify } from "node:util";
 import { suite } from "uvu";
 import { MAP_FLAG } from "../../hypercalls/abi.js";
-import { NvmeController } from "../../iommu-emul/nvme/controller.js";
 import { sized } from "../soak.js";
-import { CC_ENABLE, type Fields, GuestQueue, NvmeGuest, PAGE } from "./support/nvme-guest.js";
+import type { Fields } from "./support/nvme-guest.js";
 import { Random, seeds } from "./support/random.js";
+
+let atOnce = false;
+/** The function's promise form, or the synchronous function while `atOnce`. */
+function choose(name: "read" | "write" | "fdatasync", sync: (...how: never[]) => unknown): void {
+  const pooled = promisify(fs[name]) as (...how: never[]) => Promise<unknown>;
+  const either = async (...how: never[]) => (atOnce ? sync(...how) : pooled(...how));
+  Object.defineProperty(fs[name], promisify.custom, { value: either });
+}
+type Place = [fd: number, buffer: Buffer, at: number, bytes: number, offset: number];
+choose("read", (...how: Place) => ({ bytesRead: fs.readSync(...how) }));
+choose("write", (...how: Place) => ({ bytesWritten: fs.writeSync(...how) }));
+choose("fdatasync", (fd: number) => fs.fdatasyncSync(fd));
+
+// After the functions were replaced: the file takes them when it is loaded.
+const { NvmeController } = await import("../../iommu-emul/nvme/controller.js");
+const { CC_ENABLE, GuestQueue, NATIVES, NvmeGuest, PAGE } = await import("./support/nvme-guest.js");
+type NvmeController = InstanceType<typeof NvmeController>;
+type NvmeGuest = InstanceType<typeof NvmeGuest>;
+type GuestQueue = InstanceType<typeof GuestQueue>;
 
 /** Commands in all, over all seeds. */
 const COMMANDS = sized(24_000, 1_200_000);
@@ -39,7 +59,14 @@ class Fuzz {
 
   constructor(seed: number) {
     this.#random = new Random(seed);
-    this.guest = new NvmeGuest({ bytes: DISK_BYTES, cpus: 3, memoryPages: 512 });
+    atOnce = seed % 2 === 0;
+    // Nothing that differs from run to run may get into guest memory, where it could become a command: so a serial
+    // number of its own, a clock that counts, and reads that do not depend on what happens to be cached.
+    let clock = 0;
+    performance.now = () => clock++;
+    const natives = { ...NATIVES };
+    Reflect.deleteProperty(natives, "readCached");
+    this.guest = new NvmeGuest({ bytes: DISK_BYTES, cpus: 3, memoryPages: 512, serial: "fuzz", natives });
     const { guest } = this;
     assert.ok(guest.device instanceof NvmeController);
     this.controller = guest.device;

@@ -111,6 +111,7 @@ export class NvmeGuest {
       bytes: options.file === undefined ? 16 * 2 ** 20 : undefined,
       readonly: false,
       blockBytes: 512,
+      serial: undefined,
       ...options,
       file: this.path,
     };
