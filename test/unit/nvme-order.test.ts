@@ -92,7 +92,9 @@ order("a flush does not complete by a sync that began before the writes it cover
   assert.equal(syncs, 1);
   const write = io.put({ ...WRITE, prp1, cdw10: 8, cdw12: 7 });
   io.ring();
-  // The write is not held up by the sync under way.
+  // The write is not held up by the sync under way, nor does it hold up the thread while the file is busy with it.
+  guest.runNow();
+  assert.equal(guest.filesBusy, 2);
   await guest.runUntil(() => io.peek() !== undefined);
   assert.deepEqual(
     io.take().map(({ id }) => id),
@@ -325,7 +327,8 @@ for (const how of ["controller reset", "function reset"] as const) {
       const data = guest.map(1);
       guest.poke(data, Buffer.alloc(PAGE, 0x55));
       guest.hold();
-      for (let i = 0; i < 16; i++) io.put({ ...READ, prp1: data, cdw10: i * 8, cdw12: 7 });
+      // What is read is zeroes, what is in memory is not.
+      for (let i = 0; i < 16; i++) io.put({ ...READ, prp1: data, cdw10: 1024 + i * 8, cdw12: 7 });
       for (let i = 0; i < 16; i++) io.put({ ...WRITE, prp1: data, cdw10: i * 8, cdw12: FUA + 7 });
       io.ring();
       guest.runNow();

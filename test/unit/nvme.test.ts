@@ -525,6 +525,24 @@ events(
     assert.equal(await eventAfter(guest, () => guest.setReg(0x3ff8, 1)), undefined, "retained");
     // The queues are as they were.
     assert.equal((await io.do({ opcode: 0, nsid: 1 })).status, 0);
+    // A tail that runs over entries that wait: the guest takes no completions, so 15 are done and 14 wait.
+    await readLog(guest, 1);
+    for (const count of [15, 14]) {
+      for (let i = 0; i < count; i++) io.put({ opcode: 0, nsid: 1 });
+      io.ring();
+      await guest.run();
+    }
+    guest.setReg(0x1008, (io.tail + 2) % 16);
+    await guest.run();
+    // It answers the request from before.
+    assert.deepEqual(
+      guest.admin.take().map(({ result }) => result),
+      [0x01_01_00],
+    );
+    const done: number[] = io.take().map(({ id }) => id);
+    await guest.run();
+    done.push(...io.take().map(({ id }) => id));
+    assert.equal(done.length, 29);
   }),
 );
 
@@ -685,21 +703,37 @@ shadow(
     guest.poke(doorbells, Buffer.alloc(PAGE));
     guest.poke(events, Buffer.alloc(PAGE));
     assert.equal(await statusOf(guest, { opcode: 0x7c, prp1: doorbells, prp2: events }), 0);
-    const io = await guest.createQueue(1, 8);
+    const io = await guest.createQueue(1, 64);
     io.shadow = { doorbells, events };
-    // 7 completions fill the queue; 5 more commands wait for it.
-    const ids: number[] = [];
-    for (let i = 0; i < 7; i++) ids.push(io.put({ opcode: 0, nsid: 1 }));
+    // Ten that are taken, and all that the queue holds, which are not; five more commands wait.
+    const flushes = (count: number) => Array.from({ length: count }, () => io.put({ opcode: 0, nsid: 1 }));
+    flushes(10);
     io.ring();
     await guest.run();
-    for (let i = 0; i < 5; i++) ids.push(io.put({ opcode: 0, nsid: 1 }));
+    assert.equal(io.take().length, 10);
+    const ids = flushes(40);
     io.ring();
     await guest.run();
-    const seen = io.take().map(({ id }) => id);
-    assert.equal(seen.length, 7);
+    ids.push(...flushes(23));
+    io.ring();
+    await guest.run();
+    ids.push(...flushes(5));
+    io.ring();
+    await guest.run();
+    // Some are taken: that is no doorbell's turn but for the event index, which the full queue has moved.
+    const before = io.rings;
+    const seen = io.take(10).map(({ id }) => id);
+    assert.equal(io.rings, before + 1);
     await guest.run();
     seen.push(...io.take().map(({ id }) => id));
     assert.deepEqual(seen, ids);
+    // A register written with what is older than the shadow says only that there is something new.
+    guest.setReg(0x1008, (io.tail + 60) % 64);
+    guest.setReg(0x100c, (io.head + 60) % 64);
+    await guest.run();
+    assert.equal(io.peek(), undefined);
+    assert.equal(guest.reg(CSTS), 1);
+    assert.equal(await eventAfter(guest, () => undefined), undefined);
     guest.admin.shadow = { doorbells, events };
     for (let i = 0; i < 100; i++) assert.equal(await statusOf(guest, { opcode: 0x0a, cdw10: 7 }), 0);
   }),

@@ -459,10 +459,14 @@ export class GuestQueue {
     return completion;
   }
 
-  /** Takes all there are, and tells the controller. */
-  take(): Completion[] {
+  /** Takes all there are, or so many, and tells the controller. */
+  take(most = Number.POSITIVE_INFINITY): Completion[] {
     const taken: Completion[] = [];
-    for (let next = this.next(); next !== undefined; next = this.next()) taken.push(next);
+    while (taken.length < most) {
+      const next = this.next();
+      if (next === undefined) break;
+      taken.push(next);
+    }
     if (taken.length > 0) this.#tell(1, this.head);
     return taken;
   }
