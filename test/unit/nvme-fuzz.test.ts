@@ -33,7 +33,7 @@ type NvmeGuest = InstanceType<typeof NvmeGuest>;
 type GuestQueue = InstanceType<typeof GuestQueue>;
 
 /** Commands in all, over all seeds. */
-const COMMANDS = sized(24_000, 1_200_000);
+const COMMANDS = sized(16_000, 1_200_000);
 const SEEDS = sized(4, 12);
 const DISK_BYTES = 2 ** 20;
 const BLOCKS = DISK_BYTES / 512;
@@ -111,7 +111,8 @@ class Fuzz {
   #list(): number {
     const random = this.#random;
     const page = this.#pool + random.below(POOL_PAGES) * PAGE;
-    const entries = 1 + random.below(24);
+    // Some are as long as the largest transfer, and longer.
+    const entries = random.oneIn(8) ? 100 + random.below(412) : 1 + random.below(24);
     const first = random.oneIn(3) ? 512 - entries : 0;
     const at = page + first * 8;
     switch (random.below(4)) {
@@ -140,12 +141,14 @@ class Fuzz {
 
   #io(): Fields {
     const random = this.#random;
-    const blocks = random.oneIn(10)
-      ? random.below(65536)
-      : random.oneIn(3)
-        ? random.below(256)
-        : random.below(8);
-    const first = random.oneIn(12) ? this.#word() * 2 ** random.below(33) : random.below(BLOCKS + 2);
+    // Few and many; about as many as one transfer may be; anything.
+    const most = random.pick([8, 8, 8, 8, 256, 256, 1400, 65536]);
+    const blocks = most === 1400 ? 900 + random.below(500) : random.below(most);
+    const first = random.oneIn(12)
+      ? this.#word() * 2 ** random.below(33)
+      : most === 1400
+        ? random.below(8)
+        : random.below(BLOCKS + 2);
     const flags = random.oneIn(6) ? random.pick([0x40, 0x80, random.below(256)]) : 0;
     const base: Fields = {
       opcode: random.oneIn(20) ? random.below(256) : random.pick(IO_OPCODES),
