@@ -60,6 +60,20 @@ const cFallocate = c.func("fallocate", "int", ["int", "int", "int64_t", "int64_t
   offset: number,
   bytes: number,
 ) => number;
+const cPreadv2 = c.func("preadv2", "int64_t", ["int", "uintptr_t", "int", "int64_t", "int"]) as (
+  fd: number,
+  pieces: number,
+  count: number,
+  offset: number,
+  flags: number,
+) => number;
+const cPwrite = c.func("pwrite", "int64_t", ["int", "uintptr_t", "size_t", "int64_t"]) as (
+  fd: number,
+  address: number,
+  bytes: number,
+  offset: number,
+) => number;
+const cFlock = c.func("flock", "int", ["int", "int"]) as (fd: number, operation: number) => number;
 const cRlimit = koffi.struct("rlimit", { rlim_cur: "uint64_t", rlim_max: "uint64_t" });
 interface Rlimit {
   rlim_cur: number | bigint;
@@ -86,6 +100,10 @@ const EFD_NONBLOCK = 0o4000;
 const FALLOC_FL_KEEP_SIZE = 1;
 const FALLOC_FL_PUNCH_HOLE = 2;
 const SEEK_END = 2;
+const RWF_NOWAIT = 8;
+const LOCK_SH = 1;
+const LOCK_EX = 2;
+const LOCK_NB = 4;
 const RLIMIT_NOFILE = 7;
 const RLIMIT_MEMLOCK = 8;
 
@@ -167,6 +185,32 @@ export function punchHole(fd: number, offset: number, bytes: number): void {
     check("fallocate", -koffi.errno());
   }
 }
+
+/** struct iovec of one piece: address and bytes, 64 bits each. In an ArrayBuffer of its own, which does not move. */
+const piece = new Uint32Array(new ArrayBuffer(16));
+const pieceAddress = addressOf(piece);
+
+/**
+ * Reads what the page cache has of a file to native memory, without waiting: bytes, which may be fewer, or -errno
+ * (EAGAIN: nothing is cached; EOPNOTSUPP: the file system cannot tell). Allocates nothing.
+ */
+export function readCached(fd: number, address: number, bytes: number, offset: number): number {
+  piece[0] = address % 2 ** 32;
+  piece[1] = address / 2 ** 32;
+  piece[2] = bytes;
+  const done = cPreadv2(fd, pieceAddress, 1, offset, RWF_NOWAIT);
+  return done < 0 ? -koffi.errno() : done;
+}
+
+/** Writes native memory to a file: bytes, which may be fewer, or -errno. Allocates nothing. */
+export function writeAt(fd: number, address: number, bytes: number, offset: number): number {
+  const done = cPwrite(fd, address, bytes, offset);
+  return done < 0 ? -koffi.errno() : done;
+}
+
+/** Locks an open file against other opens of it (flock), without waiting: 0 or -errno (EAGAIN: it is locked). */
+export const lockFile = (fd: number, exclusive: boolean): number =>
+  cFlock(fd, (exclusive ? LOCK_EX : LOCK_SH) | LOCK_NB) < 0 ? -koffi.errno() : 0;
 
 /** The kernel's id of the calling thread. */
 export const gettid = (): number => cGettid();
