@@ -61,7 +61,7 @@ const usage: readonly (readonly [args: string[], message: string])[] = [
   [["--memory", "8T", "a"], "--memory 8T: too large; it has to be less than 8T"],
   [["--memory", "20000K", "a"], "--memory 20000K: not a whole number of MiB"],
   [["--dma", "open", "a"], "--dma open: not a policy; there are strict and pinned"],
-  [["--assign", "", "a"], "--assign : names no device; give a BDF such as 0000:02:00.0"],
+  [["--assign", "", "a"], "--assign : names no device; give a BDF such as 0000:02:00.0, or emul:edu"],
   [
     ["--assign", "somewhere", "a"],
     '"somewhere" is no PCI address; it looks like 0000:02:00.0 or 02:00.0 (see lspci -D)',
@@ -216,8 +216,15 @@ test("options become what they say", () => {
       cpus: 4,
       memoryBytes: 8 * 2 ** 30,
       assignments: [
-        { bdf: "0000:02:00.0", guestSlot: 5, policy: "strict", ownDomain: false, limitBytes: 0 },
-        { bdf: "0000:03:00.0", policy: "pinned", ownDomain: true, limitBytes: 0 },
+        {
+          kind: "vfio",
+          name: "0000:02:00.0",
+          guestSlot: 5,
+          policy: "strict",
+          ownDomain: false,
+          limitBytes: 0,
+        },
+        { kind: "vfio", name: "0000:03:00.0", policy: "pinned", ownDomain: true, limitBytes: 0 },
       ],
       limitBytes: 0,
       injections: [],
