@@ -108,10 +108,11 @@ export class SoftIommu implements DmaBackend {
    */
   unmap(at: Iova, bytes: number): number {
     if (!(bytes > 0) || bytes % PAGE_BYTES || at % PAGE_BYTES || at + bytes > WRAP) return -ERRNO.EINVAL;
+    const first = at / PAGE_BYTES;
+    const last = Math.min(first + bytes / PAGE_BYTES, IOVA_PAGES) - 1;
+    if (first > last) return 0;
     this.#lock.acquire();
     try {
-      const first = at / PAGE_BYTES;
-      const last = first + bytes / PAGE_BYTES - 1;
       if (this.#table.isCut(first, last)) return -ERRNO.EINVAL;
       const pages = this.#remove(first, last);
       this.#shared.header[HEADER.entriesUsed]! -= this.#table.cleared;

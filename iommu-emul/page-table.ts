@@ -1,5 +1,5 @@
 // The page table of a software IOMMU, in shared memory: 4 levels of tables with 512 slots, leaves of 4 KiB, 2 MiB and
-// 1 GiB. One thread at a time changes it; devices walk it meanwhile. IOVA pages are doubles (36 bits), memory pages
+// 1 GiB. One thread at a time changes it; devices walk it meanwhile. IOVA pages are doubles below 2^36, memory pages
 // and tables are 32-bit integers. `last` is inclusive.
 //
 // A slot is a 32-bit word: 0 is empty; with one of the access bits it is a leaf, and the rest says where its memory
@@ -7,7 +7,7 @@
 // mapping begins and ends, so that nothing beside the table has to be asked whether a range would cut one in two.
 
 import { MAP_FLAG } from "../hypercalls/abi.js";
-import { HEADER, IOVA_PAGES, type Shared, SLOT_BITS, SLOTS } from "./shared.js";
+import { HEADER, type Shared, SLOT_BITS, SLOTS } from "./shared.js";
 
 const ACCESS = MAP_FLAG.read | MAP_FLAG.write;
 /** The leaf is the first, or the last, of its mapping. */
@@ -45,7 +45,7 @@ export class PageTable {
   }
 
   /**
-   * The leaf over an IOVA page (below IOVA_PAGES): a word with MAP_FLAG's access bits, and from WORD_SHIFT on the
+   * The leaf over an IOVA page: a word with MAP_FLAG's access bits, and from WORD_SHIFT on the
    * memory page; 0 without one. Needs no lock: it reads each level once, and a table stays a table until the caller's
    * access has ended (lanes.ts).
    */
@@ -74,12 +74,9 @@ export class PageTable {
 
   /** Whether a mapping has pages on both sides of the beginning, or of the end, of the range. O(levels). */
   isCut(first: number, last: number): boolean {
-    if (first < IOVA_PAGES) {
-      const word = this.walk(first);
-      if (word !== 0 && ((word & FIRST) === 0 || this.before > 0)) return true;
-    }
-    if (last >= IOVA_PAGES) return false;
-    const word = this.walk(last);
+    let word = this.walk(first);
+    if (word !== 0 && ((word & FIRST) === 0 || this.before > 0)) return true;
+    word = this.walk(last);
     return word !== 0 && ((word & LAST) === 0 || this.reach > 1);
   }
 
