@@ -226,10 +226,10 @@ function parseEmulated(
     const known = MODELS.map((each) => EMULATED + each.name).join(", ");
     throw new UsageError(`--assign ${text}: there is no ${device}; emulated are ${known}`);
   }
-  const ours: Record<string, string> = {};
-  const theirs: Record<string, string> = {};
-  for (const [key, value] of readPairs("--assign", text, pairs))
-    (Object.hasOwn(assignmentKeys.shape, key) ? ours : theirs)[key] = value;
+  const all = [...readPairs("--assign", text, pairs)];
+  const isOurs = (key: string) => Object.hasOwn(assignmentKeys.shape, key);
+  const ours = Object.fromEntries(all.filter(([key]) => isOurs(key)));
+  const theirs = Object.fromEntries(all.filter(([key]) => !isOurs(key)));
   const keys = checked(assignmentKeys, "--assign", ours, text);
   let modelOptions: unknown;
   try {

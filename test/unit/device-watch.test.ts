@@ -6,7 +6,7 @@ import { writeSync } from "node:fs";
 import { suite } from "uvu";
 import { DeviceWatch, type WatchedDevice } from "../../vmm/device-watch.js";
 import { SystemError } from "../../vmm/errors.js";
-import { FaultWatch, kernelMessage, loggedFaults, parseFault } from "../../vmm/iommu-faults.js";
+import { type Fault, FaultWatch, kernelMessage, loggedFaults, parseFault } from "../../vmm/iommu-faults.js";
 import { DeviceEvents } from "../../vmm/vfio/events.js";
 import { parseBdf } from "../../vmm/vfio/sysfs.js";
 import { Device, Machine } from "./support/pci-parts.js";
@@ -156,6 +156,39 @@ bursts("devices have bursts of their own; other devices' faults are not ours", (
     "0000:04:00.0: 1 more of its accesses were refused within a second, as far as the host logged them",
   ]);
 });
+
+bursts(
+  "a source that tells all: what it counted without telling is counted, and the last line has no doubt",
+  () => {
+    const said: string[] = [];
+    const counted: number[] = [];
+    const fault = { device: "emul:edu.1", access: "write", iova: "1000", why: "not mapped" } as const;
+    const news: [Fault, number?][] = [[fault], [fault], [fault, 40]];
+    const faults = new FaultWatch(
+      [
+        {
+          complete: true,
+          read: (each) => {
+            for (const [it, more] of news.splice(0)) each(it, more);
+          },
+        },
+        loggedFaults({ read: () => undefined }),
+      ],
+      new Map([["emul:edu.1", { handle: 3 }]]),
+      (handle, times) => counted.push(handle, times),
+      (line) => said.push(line),
+    );
+    faults.look(0);
+    news.push([{ ...fault, device: "emul:edu" }]);
+    faults.look(100);
+    faults.close();
+    assert.deepEqual(said, [
+      "emul:edu.1: the IOMMU refused a write at iova 0x1000: nothing is mapped there for it (not mapped)",
+      "emul:edu.1: 42 more of its accesses were refused within a second",
+    ]);
+    assert.deepEqual(counted, [3, 1, 3, 1, 3, 41]);
+  },
+);
 
 // ---- events ----
 
