@@ -196,6 +196,10 @@ export const emulatedTests: readonly (readonly [name: string, body: (host: Host)
     (host) => lose(host, "exits", "process.exit(1)", "its thread ended without a word"),
   ],
   [
+    "a device that hangs is pulled out when a vCPU has waited for it long enough",
+    (host) => lose(host, "hangs", "for (;;);", "its thread does not answer"),
+  ],
+  [
     "SIGTERM ends a machine whose device is at work",
     async (host) => {
       const image = await buildTestGuest("edu", host.shareDir);

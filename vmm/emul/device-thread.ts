@@ -25,11 +25,11 @@ export interface DeviceJob {
   readonly dma: DmaLane;
 }
 
-/** What the Worker says: a line for the user, that it is ready, or how it failed. The last is its last word. */
+/** What the Worker says: a line for the user, that it is ready, how it failed. */
 export type DeviceMessage =
   | { readonly kind: "warning"; readonly line: string }
   | { readonly kind: "ready" }
-  /** `atStart`: the device could not be made. `atClose`: what it had may not be stored. */
+  /** `atStart`: the device could not be made; `atWork`: it is gone; `atClose`: what it had may not be stored. */
   | { readonly kind: "failed"; readonly when: "atStart" | "atWork" | "atClose"; readonly why: string };
 
 /** Different lines that a device may say: guests can make some devices say many. */
@@ -141,22 +141,18 @@ class DeviceThread implements DeviceHost, LinkServer {
 }
 
 async function main(job: DeviceJob, say: (message: DeviceMessage) => void): Promise<void> {
-  let when: "atStart" | "atWork" | "atClose" = "atStart";
-  try {
-    const thread = new DeviceThread(job, say);
-    when = "atWork";
-    try {
-      await thread.run();
-    } finally {
-      // A device that failed still gives back its files.
-      await thread.close().catch((error: unknown) => {
-        when = "atClose";
-        throw error;
-      });
-    }
-  } catch (error) {
+  const failed = (when: "atStart" | "atWork" | "atClose", error: unknown) =>
     say({ kind: "failed", when, why: errorMessage(error) });
+  let thread: DeviceThread;
+  try {
+    thread = new DeviceThread(job, say);
+  } catch (error) {
+    failed("atStart", error);
+    return;
   }
+  await thread.run().catch((error: unknown) => failed("atWork", error));
+  // A device that failed still gives back its files.
+  await thread.close().catch((error: unknown) => failed("atClose", error));
 }
 
 if (parentPort !== null) {

@@ -100,6 +100,7 @@ export class HostedDevice implements EmulatedDeviceAccess {
 
   /** Why the device is of no use any more, once it is not. */
   poll(): { readonly why: string } | undefined {
+    if (this.link.hangs) this.hang();
     return this.why === undefined ? undefined : { why: this.why };
   }
 
@@ -108,9 +109,7 @@ export class HostedDevice implements EmulatedDeviceAccess {
   }
 
   reset(): void {
-    if (this.link.command(COMMAND_RESET) || this.link.ended) return;
-    this.hangs = true;
-    this.fail("its thread does not answer");
+    if (!this.link.command(COMMAND_RESET) && !this.link.ended) this.hang();
   }
 
   /** Ends its thread, once the device has stored what it was given and has given back its files. */
@@ -121,6 +120,11 @@ export class HostedDevice implements EmulatedDeviceAccess {
       if (this.hangs) await this.worker.terminate();
     }
     await this.exited;
+  }
+
+  private hang(): void {
+    this.hangs = true;
+    this.fail("its thread does not answer");
   }
 
   private fail(why: string): void {

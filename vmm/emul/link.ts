@@ -10,7 +10,10 @@ import type { AccessBytes } from "../../iommu-emul/device.js";
 export const RING_ENTRIES = 256;
 /** How long one sleep is: at most so late is a stop, or a device's end, seen. */
 const SLICE_MS = 20;
-/** Slices that a vCPU gives a device, 10 s: then a read is all ones and a write is lost, as a root port's time-out ends it. */
+/**
+ * Slices that a vCPU gives a device, 10 s: then a read is all ones and a write is lost, as a root port's time-out ends
+ * it, and the device is one that hangs.
+ */
 const ACCESS_SLICES = 500;
 /** Slices that the main thread gives it for a command, 10 s: its pieces of work take a millisecond. */
 const COMMAND_SLICES = 500;
@@ -34,7 +37,9 @@ const ENTRY_WORDS = 5;
 // STATE: from first to last.
 const STARTING = 0;
 const RUNNING = 1;
+/** From here on it answers nobody any more: it ended, or a vCPU found that it hangs. */
 const ENDED = 2;
+const HANGS = 3;
 
 /** What the main thread can tell a device: to forget everything, as after power-on. */
 export const COMMAND_RESET = 1;
@@ -113,11 +118,16 @@ export class RegisterPort {
       if (this.isOver()) break;
       Atomics.wait(words, reply, answered, SLICE_MS);
     }
+    return this.isOver() ? allOnes(bytes) : this.giveUp(bytes);
+  }
+
+  private giveUp(bytes: AccessBytes): number {
+    Atomics.compareExchange(this.words, STATE, RUNNING, HANGS);
     return allOnes(bytes);
   }
 
   private isOver(): boolean {
-    return Atomics.load(this.words, STATE) === ENDED || Atomics.load(this.stopWords, this.stopAt) !== 0;
+    return Atomics.load(this.words, STATE) >= ENDED || Atomics.load(this.stopWords, this.stopAt) !== 0;
   }
 
   private post(what: number, offset: number, value: number, sequence: number): boolean {
@@ -141,6 +151,7 @@ export class RegisterPort {
       lock.release();
       Atomics.wait(words, ROOM, room, SLICE_MS);
     }
+    this.giveUp(4);
     return false;
   }
 }
@@ -157,13 +168,19 @@ export class LinkControl {
     this.vectorsAt = vectorsAt(state);
   }
 
+  /** Nobody waits for it any more. */
   get ended(): boolean {
-    return Atomics.load(this.words, STATE) === ENDED;
+    return Atomics.load(this.words, STATE) >= ENDED;
+  }
+
+  /** A vCPU has waited for it in vain. */
+  get hangs(): boolean {
+    return Atomics.load(this.words, STATE) === HANGS;
   }
 
   /** From now on nobody waits for the device: its thread is gone, or does not answer. */
   end(): void {
-    Atomics.store(this.words, STATE, ENDED);
+    if (!this.ended) Atomics.store(this.words, STATE, ENDED);
     ring(this.words);
   }
 
@@ -237,11 +254,11 @@ export class LinkDevice {
 
   /** Nobody waits for this device any more. */
   end(): void {
-    Atomics.store(this.words, STATE, ENDED);
+    if (!this.ended) Atomics.store(this.words, STATE, ENDED);
   }
 
   get ended(): boolean {
-    return Atomics.load(this.words, STATE) === ENDED;
+    return Atomics.load(this.words, STATE) >= ENDED;
   }
 
   /** To be read before serve(): what comes after it changes it, and then sleep() returns at once. */
