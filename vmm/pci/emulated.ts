@@ -5,7 +5,7 @@ import type { EmulatedDeviceAccess } from "../emul/hosted-device.js";
 import { isExpected } from "../errors.js";
 import type { IoHandler, Width } from "../io-bus.js";
 import { allOnes, readAligned, writeAligned } from "./access.js";
-import { type AddressDecoder, Bar, type BarPart } from "./bars.js";
+import { type AddressDecoder, Bar, type BarPart, type BarSpec } from "./bars.js";
 import {
   type Capability,
   linkCapabilities,
@@ -189,14 +189,19 @@ export class EmulatedPciFunction implements PciFunction {
 
   private makeBars(): Bar[] {
     const { bars, interrupts } = this.device.description;
-    return bars.map(({ index, bytes, bits }) => {
-      const isMsix = interrupts.kind === "msix" && interrupts.bar === index;
-      const part: BarPart = isMsix
-        ? { offset: 0, bytes, handler: this.msixHandler(this.msix!) }
-        : { offset: 0, bytes, registers: { device: this.device.number, bar: index } };
-      const kind = bits === 64 ? "mem64" : "mem32";
-      return new Bar(this.name, { index, kind, bytes, prefetchable: false, parts: [part] }, this.config);
+    const make = (index: number, kind: BarSpec["kind"], part: BarPart): Bar => {
+      const spec = { index, kind, bytes: part.bytes, prefetchable: false, parts: [part] };
+      return new Bar(this.name, spec, this.config);
+    };
+    const own = bars.map(({ index, bytes, bits }) => {
+      const registers = { device: this.device.number, bar: index };
+      return make(index, bits === 64 ? "mem64" : "mem32", { offset: 0, bytes, registers });
     });
+    if (interrupts.kind === "msi") return own;
+    // Two pages at least, and a power of two.
+    const bytes = 2 ** Math.ceil(Math.log2(this.pbaOffset(this.msix!) + this.msix!.pbaBytes));
+    const handler = this.msixHandler(this.msix!);
+    return [...own, make(interrupts.bar, "mem32", { offset: 0, bytes, handler })];
   }
 
   /** The table and, from a page of their own on, the pending bits. */
