@@ -421,9 +421,9 @@ export class Engine {
     return this.#pins.pinnedPages * PAGE_BYTES;
   }
 
-  /** Counts an IOMMU fault: an access of the device outside its mappings; handle 0 when it is not known whose. */
-  countFault(handle: number): void {
-    this.lane.count(EVENT.faults, handle, 1);
+  /** Counts IOMMU faults: accesses of the device outside its mappings; handle 0 when it is not known whose. */
+  countFaults(handle: number, times: number): void {
+    this.lane.count(EVENT.faults, handle, times);
   }
 
   /** Every counter and gauge, of all threads, in a fixed order. */

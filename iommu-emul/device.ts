@@ -23,8 +23,12 @@ export interface PciDescription {
   readonly revision: number;
   /** Base class, sub-class and programming interface, 24 bits. */
   readonly classCode: number;
+  /** The device's own. */
   readonly bars: readonly BarDescription[];
-  /** Message-signalled interrupts: one kind. With MSI-X, table and pending bits are in `bar`, which holds no more. */
+  /**
+   * Message-signalled interrupts: one kind. With MSI-X, table and pending bits are in a BAR of 32 bits that holds no
+   * more: the machine makes it, at `bar`, a place that is free in `bars`.
+   */
   readonly interrupts:
     | { readonly kind: "msi"; readonly vectors: number }
     | { readonly kind: "msix"; readonly vectors: number; readonly bar: number };

@@ -2,20 +2,20 @@
 
 import { errorMessage } from "./errors.js";
 
-/** Steps to undo what was done, run in reverse order. */
+/** Steps to undo what was done, run in reverse order, each when the one before is done. */
 export class Cleanup {
-  private readonly steps: (() => void)[] = [];
+  private readonly steps: (() => void | Promise<void>)[] = [];
 
   constructor(private readonly warn: (line: string) => void) {}
 
-  add(step: () => void): void {
+  add(step: () => void | Promise<void>): void {
     this.steps.push(step);
   }
 
-  run(): void {
+  async run(): Promise<void> {
     for (let step = this.steps.pop(); step !== undefined; step = this.steps.pop()) {
       try {
-        step();
+        await step();
       } catch (error) {
         this.warn(`while ending: ${errorMessage(error)}`);
       }

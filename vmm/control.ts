@@ -6,9 +6,9 @@ import { closeSync, constants, lstatSync, openSync, unlinkSync } from "node:fs";
 import { connect, createServer, type Server, type Socket } from "node:net";
 import { join } from "node:path";
 import { INJECTION_RULES_MAX, type Injector } from "../hypercalls/injection.js";
+import type { DeviceName } from "./device-name.js";
 import { errorMessage, isExpected, VmmError } from "./errors.js";
 import { parseInjectSpec, ruleOf, ruleText } from "./inject-spec.js";
-import type { Bdf } from "./vfio/sysfs.js";
 
 /** The socket's name in the statistics directory. */
 const SOCKET_NAME = "control";
@@ -27,7 +27,7 @@ const ANSWER_TIMEOUT_MS = 30_000;
 export interface Controlled {
   readonly injector: Pick<Injector, "add" | "remove" | "clear" | "list">;
   /** In the order of their handles. */
-  readonly assigned: readonly Bdf[];
+  readonly assigned: readonly DeviceName[];
 }
 
 interface ControlCommand {

@@ -5,13 +5,13 @@ import { z } from "zod";
 import { LIMITS } from "../hypercalls/abi.js";
 import { PAGE_BYTES } from "../hypercalls/addresses.js";
 import type { InjectionRule } from "../hypercalls/injection.js";
+import { type DeviceName, parseDeviceName } from "./device-name.js";
 import { UsageError } from "./errors.js";
 import { checkedPairs, positiveNumber, size, sizeText, wholeNumber } from "./schemas.js";
-import { type Bdf, parseBdf } from "./vfio/sysfs.js";
 
-/** A rule whose device is still the host's BDF; without one it is for every device. */
+/** A rule whose device still has its name; without one it is for every device. */
 export interface InjectSpec extends Omit<InjectionRule, "handle"> {
-  readonly device?: Bdf;
+  readonly device?: DeviceName;
 }
 
 const CALLS = ["map", "unmap", "is-assigned"] as const satisfies readonly InjectionRule["calls"][];
@@ -32,7 +32,7 @@ const schema = z
       .string()
       .transform((text, context) => {
         try {
-          return parseBdf(text);
+          return parseDeviceName(text);
         } catch (error) {
           context.addIssue((error as Error).message);
           return z.NEVER;
@@ -93,13 +93,13 @@ export function parseInjectSpec(text: string, about = "--inject"): InjectSpec {
 }
 
 /** The rule for the engine; `assigned` are the devices in the order of their handles. Throws as parseInjectSpec. */
-export function ruleOf(spec: InjectSpec, assigned: readonly Bdf[], about: string): InjectionRule {
+export function ruleOf(spec: InjectSpec, assigned: readonly DeviceName[], about: string): InjectionRule {
   const { device, ...rule } = spec;
   return { ...rule, handle: device === undefined ? 0 : handleOf(device, assigned, about) };
 }
 
 /** A device's handle, its place among the assigned ones, from 1. Throws a UsageError that begins with `about`. */
-export function handleOf(device: Bdf, assigned: readonly Bdf[], about: string): number {
+export function handleOf(device: DeviceName, assigned: readonly DeviceName[], about: string): number {
   const index = assigned.indexOf(device);
   if (index >= 0) return index + 1;
   const others = assigned.length === 0 ? "no device is" : `assigned: ${assigned.join(", ")}`;
@@ -107,7 +107,7 @@ export function handleOf(device: Bdf, assigned: readonly Bdf[], about: string): 
 }
 
 /** A rule as parseInjectSpec reads it. */
-export function ruleText(rule: InjectionRule, assigned: readonly Bdf[]): string {
+export function ruleText(rule: InjectionRule, assigned: readonly DeviceName[]): string {
   const { calls, handle, minBytes, skip, when, burst, effect } = rule;
   return [
     calls,

@@ -1,19 +1,27 @@
-// Accesses of assigned devices that the IOMMU refused: counted, and told once per burst. VFIO's type1 reports no
-// faults, so this reads what the host's kernel logs of them (/dev/kmsg). Bus addresses stay text, as the kernel wrote
-// them. Where the log cannot be read (without CAP_SYSLOG, under dmesg_restrict) there is nothing to count.
+// Accesses of assigned devices that the IOMMU refused: counted, and told once per burst. A software IOMMU reports them.
+// VFIO's type1 does not, so this reads what the host's kernel logs of them (/dev/kmsg); where the log cannot be read
+// (without CAP_SYSLOG, under dmesg_restrict) there is nothing to count. Bus addresses are text, as the kernel wrote them.
 
 import { closeSync, constants, openSync } from "node:fs";
 import { readNow, seekToEnd } from "./native/libc.js";
 
-/** An access that the IOMMU refused, as the kernel tells it. */
+/** An access that the IOMMU refused. */
 export interface Fault {
-  /** In full ("0000:02:00.0"), or without the segment ("02:00.0") where the message has none. */
-  readonly bdf: string;
+  /** Its name; a BDF in full ("0000:02:00.0"), or without the segment ("02:00.0") where the kernel names none. */
+  readonly device: string;
   readonly access: "read" | "write";
   /** Hexadecimal, without 0x. */
   readonly iova: string;
-  /** The host's own words. */
+  /** The IOMMU's own words. */
   readonly why: string;
+}
+
+/** Where faults are told. */
+export interface FaultSource {
+  /** Whether all are; the host's kernel, for one, tells some. */
+  readonly complete: boolean;
+  /** Hands over those since the last call. `more` that are like it were not recorded. */
+  read(each: (fault: Fault, more?: number) => void): void;
 }
 
 // Intel, drivers/iommu/intel/dmar.c, dmar_fault_do_one(). The brackets have NO_PASID or PASID 0x1 since 5.14; before,
@@ -37,7 +45,7 @@ export function parseFault(message: string): Fault | undefined {
   const intel = INTEL.exec(message);
   if (intel !== null) {
     const [, access, bdf, iova, why] = intel;
-    return { bdf: bdf!, access: access === "Read" ? "read" : "write", iova: shortHex(iova!), why: why! };
+    return { device: bdf!, access: access === "Read" ? "read" : "write", iova: shortHex(iova!), why: why! };
   }
   const amd = AMD.exec(message);
   const bdf = amd?.[2] ?? amd?.[1];
@@ -45,7 +53,7 @@ export function parseFault(message: string): Fault | undefined {
   const flags = Number.parseInt(amd[4]!, 16);
   if (flags & AMD_FLAG_INTERRUPT) return undefined;
   return {
-    bdf,
+    device: bdf,
     access: flags & AMD_FLAG_WRITE ? "write" : "read",
     iova: shortHex(amd[3]!),
     why: flags & AMD_FLAG_PRESENT ? "mapped, but not for that" : "not mapped",
@@ -102,6 +110,16 @@ export class KernelLog {
   }
 }
 
+/** What the kernel logs of faults. */
+export const loggedFaults = (log: Pick<KernelLog, "read">): FaultSource => ({
+  complete: false,
+  read: (each) =>
+    log.read((message) => {
+      const fault = parseFault(message);
+      if (fault !== undefined) each(fault);
+    }),
+});
+
 /**
  * How long no fault makes the end of a burst. The kernel logs ten at once and is then silent for 5 s (its default
  * rate limit), so a burst that goes on shows itself again after 5 s and the period of our looks.
@@ -113,47 +131,46 @@ interface Burst {
   lastMs: number;
   /** Faults after the first. */
   more: number;
+  readonly complete: boolean;
 }
 
 /** Attributes faults to the guest's devices. Main thread, on a timer. */
 export class FaultWatch {
   private readonly bursts = new Map<string, Burst>();
 
-  /** `devices` by BDF; `count` is called for each fault of one of them, `say` with the lines for the user. */
+  /** `devices` by name; `count` is called for faults of one of them, `say` with the lines for the user. */
   constructor(
-    private readonly log: Pick<KernelLog, "read">,
+    private readonly sources: readonly FaultSource[],
     private readonly devices: ReadonlyMap<string, { readonly handle: number }>,
-    private readonly count: (handle: number) => void,
+    private readonly count: (handle: number, times: number) => void,
     private readonly say: (line: string) => void,
   ) {}
 
   /** Looks for what is new. `nowMs`: any clock that does not go back. */
   look(nowMs: number): void {
-    this.log.read((message) => {
-      const fault = parseFault(message);
-      if (fault !== undefined) this.fault(fault, nowMs);
-    });
-    for (const [bdf, { lastMs }] of this.bursts) if (nowMs - lastMs >= QUIET_MS) this.endBurst(bdf);
+    for (const source of this.sources)
+      source.read((fault, more = 0) => this.fault(fault, 1 + more, source.complete, nowMs));
+    for (const [name, { lastMs }] of this.bursts) if (nowMs - lastMs >= QUIET_MS) this.endBurst(name);
   }
 
   /** Ends bursts that go on, with their last lines. */
   close(): void {
-    for (const bdf of this.bursts.keys()) this.endBurst(bdf);
+    for (const name of this.bursts.keys()) this.endBurst(name);
   }
 
-  private fault({ bdf: told, access, iova, why }: Fault, nowMs: number): void {
-    const bdf = this.deviceOf(told);
-    if (bdf === undefined) return;
-    this.count(this.devices.get(bdf)!.handle);
-    const burst = this.bursts.get(bdf);
+  private fault({ device, access, iova, why }: Fault, times: number, complete: boolean, nowMs: number): void {
+    const name = this.deviceOf(device);
+    if (name === undefined) return;
+    this.count(this.devices.get(name)!.handle, times);
+    const burst = this.bursts.get(name);
     if (burst !== undefined) {
       burst.lastMs = nowMs;
-      burst.more++;
+      burst.more += times;
       return;
     }
-    this.bursts.set(bdf, { beganMs: nowMs, lastMs: nowMs, more: 0 });
+    this.bursts.set(name, { beganMs: nowMs, lastMs: nowMs, more: times - 1, complete });
     this.say(
-      `${bdf}: the IOMMU refused a ${access} at iova 0x${iova}: nothing is mapped there for it (${why})`,
+      `${name}: the IOMMU refused a ${access} at iova 0x${iova}: nothing is mapped there for it (${why})`,
     );
   }
 
@@ -163,18 +180,17 @@ export class FaultWatch {
    */
   private deviceOf(told: string): string | undefined {
     if (this.devices.has(told)) return told;
-    for (const bdf of this.devices.keys()) if (bdf.endsWith(`:${told}`)) return bdf;
+    for (const name of this.devices.keys()) if (name.endsWith(`:${told}`)) return name;
     return undefined;
   }
 
-  private endBurst(bdf: string): void {
-    const { beganMs, lastMs, more } = this.bursts.get(bdf)!;
-    this.bursts.delete(bdf);
+  private endBurst(name: string): void {
+    const { beganMs, lastMs, more, complete } = this.bursts.get(name)!;
+    this.bursts.delete(name);
     if (more === 0) return;
     const seconds = Math.ceil((lastMs - beganMs) / 1000);
     const within = seconds > 1 ? `${seconds} s` : "a second";
-    this.say(
-      `${bdf}: ${more} more of its accesses were refused within ${within}, as far as the host logged them`,
-    );
+    const known = complete ? "" : ", as far as the host logged them";
+    this.say(`${name}: ${more} more of its accesses were refused within ${within}${known}`);
   }
 }

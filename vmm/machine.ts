@@ -11,6 +11,9 @@ import { KVM_IDENTITY_MAP_GPA, KVM_TSS_GPA } from "./boot/layout.js";
 import type { BootRegisters } from "./boot/linux.js";
 import { newConfigAddress } from "./devices/config-ports.js";
 import { newSerialState, Serial } from "./devices/serial.js";
+import type { BackendHandle } from "./dma-backend.js";
+import type { LinkState } from "./emul/link.js";
+import { RegisterMap } from "./emul/register-map.js";
 import { VmmError } from "./errors.js";
 import type { RamDescription } from "./guest-memory.js";
 import type { IoHandler } from "./io-bus.js";
@@ -18,7 +21,7 @@ import { IoBus } from "./io-bus.js";
 import { irqLine } from "./irq-line.js";
 import type { Kvm, Vm } from "./kvm.js";
 import { mmapShared, munmap, PROT_READ, PROT_WRITE, signalThread } from "./native/libc.js";
-import type { PciMachine } from "./pci/machine-interface.js";
+import type { PciMachine, RegisterTarget } from "./pci/machine-interface.js";
 import { RunArea } from "./run-area.js";
 import { newSlowExitLane, type SlowAccess, serveSlowExit } from "./slow-exit.js";
 import {
@@ -53,8 +56,10 @@ export interface MachineConfig {
   readonly cpus: number;
   readonly ram: RamDescription;
   readonly engine: EngineState;
-  /** File number of the VFIO container behind each DMA domain. */
-  readonly containerFds: readonly number[];
+  /** What is behind each DMA domain. */
+  readonly backends: readonly BackendHandle[];
+  /** The links of the emulated devices, by their numbers. */
+  readonly emulated: readonly LinkState[];
   readonly cpuid: (apicId: number) => readonly CpuidEntry[];
   readonly registers: BootRegisters;
   /** The guest wrote to the serial port. */
@@ -75,6 +80,7 @@ interface RunningVcpu {
 export class Machine implements PciMachine {
   readonly ports = new IoBus();
   private readonly mmio = new IoBus();
+  private readonly registers = new RegisterMap();
   private readonly serialState = newSerialState();
   private readonly configAddress = newConfigAddress();
   readonly serial: Serial;
@@ -108,6 +114,12 @@ export class Machine implements PciMachine {
   }
   removeMmio(gpa: Gpa): void {
     this.mmio.remove(gpa);
+  }
+  addRegisters(gpa: Gpa, bytes: number, { device, bar }: RegisterTarget): void {
+    this.registers.add(gpa, bytes, device, bar);
+  }
+  removeRegisters(gpa: Gpa): void {
+    this.registers.remove(gpa);
   }
   addPio(port: number, count: number, handler: IoHandler): void {
     this.ports.add(port, count, handler);
@@ -187,7 +199,9 @@ export class Machine implements PciMachine {
       runBytes,
       ram: config.ram,
       engine: config.engine,
-      containerFds: config.containerFds,
+      backends: config.backends,
+      registerMap: this.registers.memory,
+      emulated: config.emulated,
       serial: this.serialState,
       configAddress: this.configAddress,
       slowExits,

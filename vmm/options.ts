@@ -4,18 +4,26 @@ import { parseArgs } from "node:util";
 import { z } from "zod";
 import { PAGE_BYTES } from "../hypercalls/addresses.js";
 import { INJECTION_RULES_MAX } from "../hypercalls/injection.js";
+import { MODELS, modelNamed } from "../iommu-emul/models.js";
 import { CPUS_MAX } from "./boot/acpi.js";
-import { UsageError } from "./errors.js";
+import {
+  type DeviceName,
+  EMULATED,
+  type EmulatedName,
+  emulatedName,
+  parseDeviceName,
+} from "./device-name.js";
+import { errorMessage, UsageError } from "./errors.js";
 import { handleOf, type InjectSpec, parseInjectSpec } from "./inject-spec.js";
-import { checked, checkedPairs, size, sizeText, wholeNumber } from "./schemas.js";
+import { checked, checkedPairs, issueText, readPairs, size, sizeText, wholeNumber } from "./schemas.js";
 import { type Bdf, parseBdf } from "./vfio/sysfs.js";
 
 /** Policies that are built; the contract names two more (hypercalls/abi.ts). */
 const POLICIES = ["strict", "pinned"] as const;
 export type DmaPolicy = (typeof POLICIES)[number];
 
-export interface Assignment {
-  readonly bdf: Bdf;
+interface AnyAssignment {
+  readonly name: DeviceName;
   /** Device number on the guest's bus 0. */
   readonly guestSlot?: number;
   readonly policy: DmaPolicy;
@@ -24,6 +32,22 @@ export interface Assignment {
   /** Most guest memory that may be pinned for it, in bytes; 0: no limit of its own. */
   readonly limitBytes: number;
 }
+
+/** A device of this host. */
+export interface VfioAssignment extends AnyAssignment {
+  readonly kind: "vfio";
+  readonly name: Bdf;
+}
+
+/** One that the VMM emulates: a model of models.ts, and what its parse() made of the keys that are its own. */
+export interface EmulatedAssignment extends AnyAssignment {
+  readonly kind: "emulated";
+  readonly name: EmulatedName;
+  readonly model: string;
+  readonly modelOptions: unknown;
+}
+
+export type Assignment = VfioAssignment | EmulatedAssignment;
 
 export interface Options {
   readonly image?: string;
@@ -44,7 +68,13 @@ export interface Options {
 export const MIN_MEMORY_BYTES = 16 * 2 ** 20;
 const DEFAULT_MEMORY = "512M";
 
-export const HELP = `vmm: runs a Linux guest on /dev/kvm and gives it real PCI devices without pinning its memory
+/** The models and their own keys. */
+const modelsHelp = (): string =>
+  MODELS.flatMap(({ name, help }) => [`emul:${name}`, ...help.map((line) => `  ${line}`)])
+    .map((line) => `${" ".repeat(25)}${line}`)
+    .join("\n");
+
+export const HELP = `vmm: runs a Linux guest on /dev/kvm and gives it PCI devices without pinning its memory
 
 Usage: vmm [OPTIONS] [IMAGE]
 
@@ -67,12 +97,17 @@ Devices:
                          guest=SLOT   device number on the guest's PCI bus, 1 to 31 (default: the next free one)
                          dma=POLICY   for this device, instead of --dma
                          domain=own   share no bus addresses with other devices
+  --assign emul:MODEL[,KEY=VALUE…]
+                       give the guest a PCI device that this program emulates, behind an IOMMU in software: same guest,
+                       same module, no IOMMU, device or privilege needed. repeatable; the second of a model is called
+                       emul:MODEL.1, the next emul:MODEL.2, wherever a device is named. The keys above, and of
+${modelsHelp()}
   --dma POLICY         which guest memory assigned devices reach (default strict):
                          strict   the pages that the guest's drivers have mapped at this moment, and no others;
                                   the guest needs the module pvdma.ko, without it devices reach nothing
                          pinned   all of guest RAM, pinned at start, as other VMMs do; the guest needs no module
 
-  --dma-limit SIZE[,BDF]
+  --dma-limit SIZE[,DEVICE]
                        most guest memory that may be pinned for DMA at a time, for the whole VM or for one assigned
                        device; repeatable. A multiple of 4K; a plain number is bytes. A map that does not fit is
                        refused, and the guest's driver is told so: it waits until others are unmapped.
@@ -82,7 +117,7 @@ Failures on demand, for testing how drivers take them:
                        make calls of the guest's drivers fail or take long; repeatable, up to ${INJECTION_RULES_MAX} rules, and
                        changeable while the guest runs (see --tell). CALL is map (pages and lists), unmap or
                        is-assigned (which a driver's device asks once, before its driver begins). Which calls:
-                         device=BDF   those of this assigned device of the host (default: of every device)
+                         device=NAME  those of this assigned device, such as 02:00.0 or emul:edu (default: of all)
                          above=SIZE   those of more bytes than this; a plain number is bytes
                          skip=N       not the first N of them
                        and of these, one of
@@ -147,31 +182,81 @@ const dmaLimit = size(1)
   .refine((bytes) => bytes % PAGE_BYTES === 0, "not a whole number of pages of 4K")
   .refine(Number.isSafeInteger, "too large");
 
-function parseAssignment(text: string, defaultPolicy: DmaPolicy): Omit<Assignment, "limitBytes"> {
-  const [bdf = "", ...pairs] = text.split(",");
-  if (bdf === "") throw new UsageError(`--assign ${text}: names no device; give a BDF such as 0000:02:00.0`);
-  const { guest, dma, domain } = checkedPairs(assignmentKeys, "--assign", text, pairs);
-  return {
-    bdf: parseBdf(bdf),
-    ...(guest === undefined ? {} : { guestSlot: guest }),
-    policy: dma ?? defaultPolicy,
-    ownDomain: domain === "own",
-  };
+type Unlimited<A> = A extends Assignment ? Omit<A, "limitBytes"> : never;
+/** An assignment of which the limit is not known yet. */
+type ParsedAssignment = Unlimited<Assignment>;
+
+/** `before` are the devices that are assigned already: an emulated one's name depends on them. */
+function parseAssignment(
+  text: string,
+  defaultPolicy: DmaPolicy,
+  before: readonly ParsedAssignment[],
+): ParsedAssignment {
+  const [device = "", ...pairs] = text.split(",");
+  if (device === "") {
+    throw new UsageError(
+      `--assign ${text}: names no device; give a BDF such as 0000:02:00.0, or ${EMULATED}${MODELS[0]!.name}`,
+    );
+  }
+  if (device.startsWith(EMULATED)) return parseEmulated(text, device, pairs, defaultPolicy, before);
+  const keys = checkedPairs(assignmentKeys, "--assign", text, pairs);
+  return { kind: "vfio", name: parseBdf(device), ...commonOptions(keys, defaultPolicy) };
+}
+
+const commonOptions = (
+  { guest, dma, domain }: z.output<typeof assignmentKeys>,
+  defaultPolicy: DmaPolicy,
+) => ({
+  ...(guest === undefined ? {} : { guestSlot: guest }),
+  policy: dma ?? defaultPolicy,
+  ownDomain: domain === "own",
+});
+
+/** Keys that every device has are taken out, the others are the model's. */
+function parseEmulated(
+  text: string,
+  device: string,
+  pairs: readonly string[],
+  defaultPolicy: DmaPolicy,
+  before: readonly ParsedAssignment[],
+): ParsedAssignment {
+  const name = device.slice(EMULATED.length);
+  const model = modelNamed(name);
+  if (model === undefined) {
+    const known = MODELS.map((each) => EMULATED + each.name).join(", ");
+    throw new UsageError(`--assign ${text}: there is no ${device}; emulated are ${known}`);
+  }
+  const all = [...readPairs("--assign", text, pairs)];
+  const isOurs = (key: string) => Object.hasOwn(assignmentKeys.shape, key);
+  const ours = Object.fromEntries(all.filter(([key]) => isOurs(key)));
+  const theirs = Object.fromEntries(all.filter(([key]) => !isOurs(key)));
+  const keys = checked(assignmentKeys, "--assign", ours, text);
+  let modelOptions: unknown;
+  try {
+    modelOptions = model.parse(theirs);
+  } catch (error) {
+    const why = error instanceof z.ZodError ? issueText(error) : ` ${errorMessage(error)}`;
+    throw new UsageError(`--assign ${text}:${why}`);
+  }
+  const others = before.filter((each) => each.kind === "emulated" && each.model === name).length;
+  const common = commonOptions(keys, defaultPolicy);
+  return { kind: "emulated", name: emulatedName(name, others), model: name, modelOptions, ...common };
 }
 
 /** The limits that --dma-limit gives: of each device, in order, and with index -1 of the whole VM. */
 function parseDmaLimits(
   texts: readonly string[],
-  assignments: readonly Omit<Assignment, "limitBytes">[],
+  assignments: readonly ParsedAssignment[],
   memoryBytes: number,
 ): Map<number, number> {
-  const assigned = assignments.map(({ bdf }) => bdf);
+  const assigned = assignments.map(({ name }) => name);
   const limits = new Map<number, number>();
   for (const text of texts) {
-    const [bytesText = "", ...bdfText] = text.split(",");
+    const [bytesText = "", ...nameText] = text.split(",");
     const about = `--dma-limit ${text}`;
     const bytes = checked(dmaLimit, "--dma-limit", bytesText, text);
-    const index = bdfText.length === 0 ? -1 : handleOf(parseBdf(bdfText.join(",")), assigned, about) - 1;
+    const index =
+      nameText.length === 0 ? -1 : handleOf(parseDeviceName(nameText.join(",")), assigned, about) - 1;
     if (limits.has(index)) {
       throw new UsageError(
         `${about}: ${index < 0 ? "the VM" : assigned[index]} has a limit already; give one`,
@@ -183,7 +268,7 @@ function parseDmaLimits(
     );
     if (pinned !== undefined) {
       throw new UsageError(
-        `${about}: too small for ${pinned.bdf}, whose policy pinned pins all ${sizeText(memoryBytes)} of RAM; ` +
+        `${about}: too small for ${pinned.name}, whose policy pinned pins all ${sizeText(memoryBytes)} of RAM; ` +
           "raise it or use --dma strict",
       );
     }
@@ -191,7 +276,7 @@ function parseDmaLimits(
   return limits;
 }
 
-function parseInjections(texts: readonly string[], assigned: readonly Bdf[]): InjectSpec[] {
+function parseInjections(texts: readonly string[], assigned: readonly DeviceName[]): InjectSpec[] {
   if (texts.length > INJECTION_RULES_MAX) {
     throw new UsageError(`--inject: ${texts.length} rules, at most ${INJECTION_RULES_MAX} can be given`);
   }
@@ -251,7 +336,8 @@ export function parseCommandLine(args: readonly string[]): Command {
   }
   const dma = checked(policy, "--dma", values.dma, values.dma);
   const memoryBytes = checked(memory, "--memory", values.memory, values.memory);
-  const assignments = values.assign.map((text) => parseAssignment(text, dma));
+  const assignments: ParsedAssignment[] = [];
+  for (const text of values.assign) assignments.push(parseAssignment(text, dma, assignments));
   const limits = parseDmaLimits(values["dma-limit"], assignments, memoryBytes);
   return {
     run: {
@@ -266,7 +352,7 @@ export function parseCommandLine(args: readonly string[]): Command {
       limitBytes: limits.get(-1) ?? 0,
       injections: parseInjections(
         values.inject,
-        assignments.map(({ bdf }) => bdf),
+        assignments.map(({ name }) => name),
       ),
       stats: values.stats,
       reboot: !values["no-reboot"],

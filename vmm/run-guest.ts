@@ -19,26 +19,30 @@ import { ECAM, type GpaRange, type MemoryPlan, planMemory } from "./boot/layout.
 import { type BootWrite, prepareLinux } from "./boot/linux.js";
 import { Cleanup } from "./cleanup.js";
 import { answer, type Controlled, ControlSocket, isInUse } from "./control.js";
+import type { DeviceName } from "./device-name.js";
 import { DeviceWatch, type WatchedDevice } from "./device-watch.js";
 import { Console } from "./devices/console.js";
 import { addPowerPorts } from "./devices/power.js";
+import { type BackendHandle, openBackend } from "./dma-backend.js";
+import { checkEmulated, type EmulatedDevice, OpenEmulated, prepareEmulated } from "./emul/assign.js";
 import { attempt, errorMessage, isExpected, VmmError } from "./errors.js";
 import { createRam, GuestMemory, type RamDescription, ramBytes } from "./guest-memory.js";
 import { ruleOf } from "./inject-spec.js";
-import { KernelLog } from "./iommu-faults.js";
+import { KernelLog, loggedFaults } from "./iommu-faults.js";
 import { Kvm } from "./kvm.js";
 import { lockableBytes, smallRoom } from "./limits.js";
 import { KICK_SIGNAL, Machine, type Outcome } from "./machine.js";
 import { errnoName, lockedMemoryLimitBytes, raiseOpenFilesLimit } from "./native/libc.js";
 import type { Options } from "./options.js";
 import { PciBus } from "./pci/bus.js";
+import { EmulatedPciFunction } from "./pci/emulated.js";
+import { assignSlots } from "./pci/slots.js";
 import { VfioPciFunction } from "./pci/vfio-pci.js";
 import { defaultStatsDir, StatsDirectory } from "./stats-dir.js";
 import { CONSTANT } from "./sys/kvm.js";
 import { type Assignment, OpenAssignments, prepareAssignments } from "./vfio/assign.js";
-import { VfioBackend } from "./vfio/container.js";
 import { DeviceEvents } from "./vfio/events.js";
-import { assignableGroup, type Bdf } from "./vfio/sysfs.js";
+import { assignableGroup } from "./vfio/sysfs.js";
 
 /** Signals that end the guest in good order. */
 const END_SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
@@ -47,10 +51,16 @@ const END_SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
 const EARLY_FAULT_MS = 1000;
 const EARLY_FAULTS_MAX = 5;
 
-/** An assigned device with the options that are about its DMA. */
+/** An assigned device, of the host or emulated, with the options that are about its DMA. */
 interface AssignedDevice {
-  readonly assignment: Assignment;
+  readonly name: DeviceName;
+  readonly guestSlot: number;
+  /** Its domain's label. */
+  readonly domain: string;
   readonly options: Options["assignments"][number];
+  readonly behind:
+    | { readonly kind: "vfio"; readonly assignment: Assignment }
+    | { readonly kind: "emulated"; readonly device: EmulatedDevice };
 }
 
 /** What stays the same when the guest reboots. */
@@ -60,7 +70,7 @@ interface Guest {
   /** In the order of their handles, which are for good: counters and rules of injection know devices by them. */
   readonly devices: readonly AssignedDevice[];
   /** Those that failed or that the host took back. */
-  readonly gone: Set<Bdf>;
+  readonly gone: Set<DeviceName>;
   readonly plan: MemoryPlan;
   readonly supportedCpuid: readonly CpuidEntry[];
   readonly ram: RamDescription;
@@ -138,14 +148,7 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
   cleanup.add(handleProcessEvents(ending));
   try {
     // 1. Look at everything that can be wrong without touching it.
-    const assignments = prepareAssignments(
-      options.assignments.map((each) => ({
-        bdf: each.bdf,
-        ...(each.guestSlot === undefined ? {} : { guestSlot: each.guestSlot }),
-        domain: each.ownDomain ? each.bdf : each.policy,
-      })),
-    );
-    const devices = assignments.map((assignment, i) => ({ assignment, options: options.assignments[i]! }));
+    const devices = prepareDevices(options);
     loadBootImages(options);
 
     // 2. KVM, and where everything goes in the guest's address space.
@@ -161,7 +164,7 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
     raiseOpenFilesLimit();
     const stats = new Statistics(ramBytes(ram));
     const injection = createInjection();
-    const controlled = { injector: new Injector(injection), assigned: assignments.map(({ bdf }) => bdf) };
+    const controlled = { injector: new Injector(injection), assigned: devices.map(({ name }) => name) };
     await openFigures(options, stats, controlled, cleanup);
     if (options.stats) cleanup.add(() => printStatistics(stats));
 
@@ -197,8 +200,42 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
       leaveOutGone(guest);
     }
   } finally {
-    cleanup.run();
+    await cleanup.run();
   }
+}
+
+/**
+ * Looks at every assigned device without touching it. Emulated devices never share a domain with the host's: what maps
+ * is another thing. Throws a VmmError or a UsageError for the first that cannot be had.
+ */
+function prepareDevices({ assignments, cpus }: Options): AssignedDevice[] {
+  const slots = assignSlots(assignments);
+  const common = assignments.map((options, i) => {
+    const label = options.ownDomain ? options.name : options.policy;
+    const domain = options.kind === "vfio" ? label : `emulated ${label}`;
+    return { name: options.name, guestSlot: slots[i]!, domain, options };
+  });
+  const hosts = prepareAssignments(
+    common.flatMap(({ guestSlot, domain, options }) =>
+      options.kind === "vfio" ? [{ bdf: options.name, guestSlot, domain }] : [],
+    ),
+  );
+  const emulated = prepareEmulated(
+    common.flatMap(({ guestSlot, domain, options }) =>
+      options.kind === "emulated" ? [{ ...options, guestSlot, domain }] : [],
+    ),
+    { cpus },
+  );
+  return common.map((each): AssignedDevice => {
+    const device = emulated.find(({ name }) => name === each.name);
+    return {
+      ...each,
+      behind:
+        device === undefined
+          ? { kind: "vfio", assignment: hosts.find(({ bdf }) => bdf === each.name)! }
+          : { kind: "emulated", device },
+    };
+  });
 }
 
 /** Rules of the command line: there are no others yet, so there is room for them. */
@@ -225,9 +262,12 @@ function afterTripleFault(vcpu: number, earlyFaults: number, options: Options): 
  * give it to somebody else.
  */
 function leaveOutGone({ devices, gone }: Guest): void {
-  for (const { assignment } of devices) {
-    if (!gone.has(assignment.bdf) && !attempt(() => assignableGroup(assignment.bdf), warn))
-      gone.add(assignment.bdf);
+  for (const { name, behind } of devices) {
+    const look = () => {
+      if (behind.kind === "vfio") assignableGroup(behind.assignment.bdf);
+      else checkEmulated(behind.device);
+    };
+    if (!gone.has(name) && !attempt(look, warn)) gone.add(name);
   }
   if (gone.size > 0) warn(`the guest starts again without ${[...gone].join(", ")}`);
 }
@@ -271,7 +311,8 @@ function printStatistics(stats: Statistics): void {
 /** One life of the machine, from power-on to power-off or reset. Nothing of it is left afterwards. */
 async function runMachine(guest: Guest): Promise<Outcome> {
   const { options, kvm, plan, ram } = guest;
-  const devices = guest.devices.filter(({ assignment }) => !guest.gone.has(assignment.bdf));
+  const devices = guest.devices.filter(({ name }) => !guest.gone.has(name));
+  const facts = { cpus: options.cpus };
   const cleanup = new Cleanup(warn);
   try {
     // 4. The VM, its memory, its interrupt controllers.
@@ -287,18 +328,25 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     );
 
     // 5. The IOMMU: containers and groups. KVM is told before a device is opened.
-    const opened = OpenAssignments.open(devices.map((device) => device.assignment));
+    const assignments = devices.flatMap(({ behind }) => (behind.kind === "vfio" ? [behind.assignment] : []));
+    const opened = OpenAssignments.open(assignments);
     cleanup.add(() => opened.close());
     for (const group of opened.groups) vm.addVfioGroup(group.fd);
+    const emulated = OpenEmulated.open(
+      devices.flatMap(({ behind }) => (behind.kind === "emulated" ? [behind.device] : [])),
+      ram,
+      facts,
+    );
+    cleanup.add(() => emulated.close());
 
     // 6. The mapping engine over them. Nothing is mapped, but for devices that get all of RAM.
-    const config = engineConfig(guest, opened);
+    const domains = openDomains(opened, emulated);
+    const config = engineConfig(guest, domains);
     const fresh = createEngineState(config);
     const lanes = guest.stats.lanes ?? fresh.lanes;
     const state = { ...fresh, lanes, injection: guest.injection };
-    const containers = [...opened.containers.values()];
-    const containerFds = config.domains.map((_, index) => containers[index]?.fd ?? -1);
-    const engine = new Engine(state, (domain) => new VfioBackend(containerFds[domain]!), options.cpus);
+    const backends = config.domains.map((_, index) => domains[index]?.handle ?? NO_CONTAINER);
+    const engine = new Engine(state, (domain) => openBackend(backends[domain]!), options.cpus);
     cleanup.add(() => {
       // Nobody can take a lock that a lost thread held; the containers' end undoes every mapping as well.
       if (machine.threadLost) return;
@@ -306,7 +354,7 @@ async function runMachine(guest: Guest): Promise<Outcome> {
       if (stuck > 0) warn(`${stuck} mappings could not be undone; they end with their IOMMU domain`);
     });
     guest.stats.show(engine, state, machine);
-    for (const bdf of guest.gone) engine.removeDevice(handleOf(guest, bdf));
+    for (const name of guest.gone) engine.removeDevice(handleOf(guest, name));
     warnOfSmallRoom(guest, config);
     mapPinned(engine);
 
@@ -314,29 +362,42 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     const bus = new PciBus(machine, pciLayout(plan), warn);
     // Undone before the engine is: devices are quiet before anything is unmapped.
     cleanup.add(() => bus.close());
-    const watched = opened.openDevices().map((device, i): WatchedDevice => {
-      const { bdf, guestSlot } = devices[i]!.assignment;
-      const handle = handleOf(guest, bdf);
-      const pciFunction = new VfioPciFunction(device, machine, bus.decoder, guestSlot, warn);
+    const plug = (name: DeviceName, pciFunction: VfioPciFunction | EmulatedPciFunction) => {
+      const { guestSlot } = devices.find((device) => device.name === name)!;
+      const handle = handleOf(guest, name);
       bus.add(guestSlot, pciFunction);
-      const events = new DeviceEvents(device);
-      cleanup.add(() => events.close());
       return {
-        bdf,
+        name,
         handle,
-        events,
         unplug: () => {
           bus.remove(guestSlot);
           pciFunction.lose();
         },
         unmap: () => engine.removeDevice(handle),
-        giveBack: () => opened.giveBack(bdf, (group) => vm.removeVfioGroup(group.fd)),
-        forget: () => guest.gone.add(bdf),
+        forget: () => guest.gone.add(name),
       };
+    };
+    const hosts = opened.openDevices().map((device, i): WatchedDevice => {
+      const { bdf, guestSlot } = assignments[i]!;
+      const watched = plug(bdf, new VfioPciFunction(device, machine, bus.decoder, guestSlot, warn));
+      const events = new DeviceEvents(device);
+      cleanup.add(() => events.close());
+      const giveBack = () => opened.giveBack(bdf, (group) => vm.removeVfioGroup(group.fd));
+      return { ...watched, events, giveBack };
+    });
+    const hosted = (await emulated.startDevices(facts, warn)).map((device): WatchedDevice => {
+      const watched = plug(device.name, new EmulatedPciFunction(device, machine, bus.decoder, warn));
+      // Its thread ends by and by; the machine's end waits for it.
+      return { ...watched, events: device, giveBack: () => void device.close() };
     });
     bus.start();
+    const watched = [...hosts, ...hosted];
     if (watched.length > 0) {
-      const watch = new DeviceWatch(watched, KernelLog.open(), (handle) => engine.countFault(handle), warn);
+      const log = hosts.length > 0 ? KernelLog.open() : undefined;
+      if (log !== undefined) cleanup.add(() => log.close());
+      const sources = [...(log === undefined ? [] : [loggedFaults(log)]), emulated];
+      const count = (handle: number, times: number) => engine.countFaults(handle, times);
+      const watch = new DeviceWatch(watched, sources, count, warn);
       cleanup.add(() => watch.close());
     }
 
@@ -355,20 +416,21 @@ async function runMachine(guest: Guest): Promise<Outcome> {
       cpus: options.cpus,
       ram,
       engine: state,
-      containerFds,
+      backends,
+      emulated: emulated.links,
       cpuid: (apicId) => vcpuCpuid(guest.supportedCpuid, { apicId, cpus: options.cpus, tscDeadline }),
       registers: start.registers,
       onSerialOutput: () => terminal.pump(),
       onStop: () => engine.injector.wake(),
     });
   } finally {
-    cleanup.run();
+    await cleanup.run();
   }
 }
 
 /** The engine's handle of an assigned device: its place in the list, from 1. */
-const handleOf = ({ devices }: Guest, bdf: Bdf): number =>
-  1 + devices.findIndex(({ assignment }) => assignment.bdf === bdf);
+const handleOf = ({ devices }: Guest, name: DeviceName): number =>
+  1 + devices.findIndex((device) => device.name === name);
 
 /** The domain of devices that are gone: nothing can be mapped in it, and no container is behind it. */
 const NOWHERE: DomainConfig = {
@@ -376,25 +438,38 @@ const NOWHERE: DomainConfig = {
   limits: { ranges: [{ first: 0, last: MAX_EXACT }], pageSizeMask: MAX_EXACT, entries: 0 },
 };
 
-function engineConfig(guest: Guest, opened: OpenAssignments): EngineConfig {
-  const labels = [...opened.containers.keys()];
-  const policyOf = (label: string) =>
-    guest.devices.find((device) => device.assignment.domain === label)!.options.policy;
-  const domains = [...opened.containers].map(
-    ([label, container]): DomainConfig => ({
-      kind: DOMAIN_KINDS[policyOf(label)]!,
-      limits: container.limits(),
-    }),
-  );
+/** A file number that is none: whatever is asked of it fails. */
+const NO_CONTAINER: BackendHandle = { kind: "vfio", fd: -1 };
+
+/** What is behind a DMA domain: a container of VFIO, or a software IOMMU. */
+interface OpenDomain {
+  readonly label: string;
+  readonly handle: BackendHandle;
+  readonly limits: DomainConfig["limits"];
+}
+
+const openDomains = (opened: OpenAssignments, emulated: OpenEmulated): OpenDomain[] => [
+  ...[...opened.containers].map(([label, container]): OpenDomain => {
+    return { label, handle: { kind: "vfio", fd: container.fd }, limits: container.limits() };
+  }),
+  ...[...emulated.domains].map(([label, { handle, limits }]) => ({ label, handle, limits })),
+];
+
+function engineConfig(guest: Guest, open: readonly OpenDomain[]): EngineConfig {
+  const labels = open.map(({ label }) => label);
+  const domains = open.map(({ label, limits }): DomainConfig => {
+    const { policy } = guest.devices.find((device) => device.domain === label)!.options;
+    return { kind: DOMAIN_KINDS[policy]!, limits };
+  });
   return {
     ram: guest.ram.slots.map(({ gpa, bytes, hva }) => ({ gpa, bytes, hva })),
     domains: [...domains, ...(guest.gone.size > 0 ? [NOWHERE] : [])],
-    devices: guest.devices.map(({ assignment, options }) => {
-      const gone = guest.gone.has(assignment.bdf);
-      const domain = gone ? domains.length : labels.indexOf(assignment.domain);
+    devices: guest.devices.map(({ name, guestSlot, domain: label, options }) => {
+      const gone = guest.gone.has(name);
+      const domain = gone ? domains.length : labels.indexOf(label);
       return {
-        name: assignment.bdf,
-        bdf: assignment.guestSlot << 3,
+        name,
+        bdf: guestSlot << 3,
         policy: gone ? "strict" : options.policy,
         domain,
         addressBits: addressBits((domains[domain] ?? NOWHERE).limits.ranges),
@@ -402,7 +477,8 @@ function engineConfig(guest: Guest, opened: OpenAssignments): EngineConfig {
       };
     }),
     quotaBytes: guest.options.limitBytes,
-    lockableBytes: lockableBytes(),
+    // The software IOMMU locks nothing.
+    lockableBytes: guest.devices.some(({ behind }) => behind.kind === "vfio") ? lockableBytes() : 0,
     lanes: guest.options.cpus + 1,
   };
 }

@@ -55,28 +55,41 @@ export function checked<S extends z.ZodType>(
 ): z.output<S> {
   const result = schema.safeParse(text);
   if (result.success) return result.data;
-  const issue = result.error.issues[0]!;
-  const where = issue.path.length > 0 ? ` ${issue.path.join(".")}:` : "";
-  throw new UsageError(`${option} ${shown}:${where} ${issue.message}`);
+  throw new UsageError(`${option} ${shown}:${issueText(result.error)}`);
 }
 
-/** Reads KEY=VALUE pairs, each key once and one of the schema's. `text` is the whole that they are a part of. */
+/** The first mistake that zod found, as it follows what it is about. */
+export function issueText({ issues }: z.ZodError): string {
+  const issue = issues[0]!;
+  if (issue.code === "unrecognized_keys") return ` unknown key ${issue.keys[0]}; see --help`;
+  const where = issue.path.length > 0 ? ` ${issue.path.join(".")}:` : "";
+  return `${where} ${issue.message}`;
+}
+
+/** Reads KEY=VALUE pairs, each key once. `text` is the whole that they are a part of. */
+export function readPairs(option: string, text: string, pairs: readonly string[]): Map<string, string> {
+  const keys = new Map<string, string>();
+  for (const pair of pairs) {
+    const [key = "", value] = pair.split(/=(.*)/s);
+    if (value === undefined) throw new UsageError(`${option} ${text}: ${pair} is not KEY=VALUE; see --help`);
+    if (keys.has(key)) throw new UsageError(`${option} ${text}: ${key} is given twice`);
+    keys.set(key, value);
+  }
+  return keys;
+}
+
+/** Reads KEY=VALUE pairs, each key once and one of the schema's. */
 export function checkedPairs<S extends z.ZodObject>(
   schema: S,
   option: string,
   text: string,
   pairs: readonly string[],
 ): z.output<S> {
-  const keys: Record<string, string> = {};
-  for (const pair of pairs) {
-    const [key = "", value] = pair.split(/=(.*)/s);
-    if (value === undefined) throw new UsageError(`${option} ${text}: ${pair} is not KEY=VALUE; see --help`);
-    if (!Object.hasOwn(schema.shape, key)) {
-      const known = Object.keys(schema.shape).join(", ");
-      throw new UsageError(`${option} ${text}: unknown key ${key}; there are ${known}`);
-    }
-    if (Object.hasOwn(keys, key)) throw new UsageError(`${option} ${text}: ${key} is given twice`);
-    keys[key] = value;
+  const keys = readPairs(option, text, pairs);
+  for (const key of keys.keys()) {
+    if (Object.hasOwn(schema.shape, key)) continue;
+    const known = Object.keys(schema.shape).join(", ");
+    throw new UsageError(`${option} ${text}: unknown key ${key}; there are ${known}`);
   }
-  return checked(schema, option, keys, text);
+  return checked(schema, option, Object.fromEntries(keys), text);
 }

@@ -3,6 +3,8 @@
 
 import type { Hva } from "../hypercalls/addresses.js";
 import type { EngineState } from "../hypercalls/engine.js";
+import type { BackendHandle } from "./dma-backend.js";
+import type { LinkState } from "./emul/link.js";
 import type { RamDescription } from "./guest-memory.js";
 
 /** Everything a Worker needs to run one vCPU; structured-cloneable. */
@@ -15,8 +17,11 @@ export interface VcpuJob {
   readonly runBytes: number;
   readonly ram: RamDescription;
   readonly engine: EngineState;
-  /** File number of the VFIO container behind each DMA domain, by domain id. */
-  readonly containerFds: readonly number[];
+  /** What is behind each DMA domain, by domain id. */
+  readonly backends: readonly BackendHandle[];
+  /** Which addresses are registers of emulated devices, and the devices by their numbers. */
+  readonly registerMap: SharedArrayBuffer;
+  readonly emulated: readonly LinkState[];
   readonly serial: SharedArrayBuffer;
   /** The PCI address register, which all vCPUs share. */
   readonly configAddress: SharedArrayBuffer;

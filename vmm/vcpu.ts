@@ -7,6 +7,8 @@ import { Engine } from "../hypercalls/engine.js";
 import { COM1 } from "./boot/acpi.js";
 import { ConfigPorts } from "./devices/config-ports.js";
 import { Serial } from "./devices/serial.js";
+import { openBackend } from "./dma-backend.js";
+import { DeviceRegisters } from "./emul/registers.js";
 import { errorMessage } from "./errors.js";
 import { GuestMemory } from "./guest-memory.js";
 import { irqLine } from "./irq-line.js";
@@ -25,7 +27,6 @@ import {
   type VcpuEnd,
   type VcpuJob,
 } from "./vcpu-link.js";
-import { VfioBackend } from "./vfio/container.js";
 
 const EINTR = 4;
 const EAGAIN = 11;
@@ -38,6 +39,7 @@ class Vcpu {
   private readonly serial: Serial;
   private readonly config: ConfigPorts;
   private readonly slow: SlowExitCaller;
+  private readonly registers: DeviceRegisters;
 
   constructor(
     private readonly job: VcpuJob,
@@ -46,11 +48,12 @@ class Vcpu {
     this.run = new RunArea(job.runAddress, job.runBytes);
     this.control = controlWords(job.control);
     this.exits = exitCounters(job.control);
-    const engine = new Engine(job.engine, (domain) => new VfioBackend(job.containerFds[domain]!), job.index);
+    const engine = new Engine(job.engine, (domain) => openBackend(job.backends[domain]!), job.index);
     this.calls = new PioTransport(this.run, new Dispatcher(engine, new GuestMemory(job.ram)));
     this.serial = new Serial(job.serial, irqLine(job.vmFd, COM1.gsi), () => port.postMessage(RING_SERIAL));
     this.config = new ConfigPorts(job.configAddress);
     this.slow = new SlowExitCaller(job.slowExits, port);
+    this.registers = new DeviceRegisters(job);
   }
 
   /** Runs the guest until this vCPU ends. */
@@ -131,10 +134,17 @@ class Vcpu {
   }
 
   private mmio(): void {
-    const { run } = this;
+    const { run, registers } = this;
     const at = run.mmioDataOffset;
     const bytes = run.mmioBytes;
-    if (run.mmioIsWrite) {
+    if (registers.find(run.mmioAddress)) {
+      if (run.mmioIsWrite) registers.write(bytes, run.read(at, 4), run.read(at + 4, 4));
+      else {
+        registers.read(bytes);
+        run.write(at, 4, registers.low);
+        run.write(at + 4, 4, registers.high);
+      }
+    } else if (run.mmioIsWrite) {
       // Bytes beyond the access's length are stale; the device looks at `bytes` only.
       this.slow.access(MMIO_WRITE, run.mmioAddress, bytes, run.read(at, 4), run.read(at + 4, 4));
     } else {

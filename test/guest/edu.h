@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * QEMU's edu (docs/specs/edu): a device with a buffer of 4 KiB, to or from which
- * it copies by DMA 100 ms after it was told to. A range beyond the buffer ends
- * QEMU, so nothing here takes one. Bus addresses have 28 bits.
+ * QEMU's edu (docs/specs/edu) and ours: a device with a buffer of 4 KiB, to or
+ * from which it copies by DMA, QEMU's 100 ms after it was told to. A range beyond
+ * the buffer ends QEMU, so nothing here takes one. Bus addresses have 28 bits.
  */
 #ifndef GUEST_EDU_H
 #define GUEST_EDU_H
@@ -14,12 +14,22 @@
 /* Most bytes of a copy; QEMU 7.2 takes all 4096 for one too many. */
 #define EDU_BYTES_MAX	4095u
 
+#define EDU_IDENTITY	0x00
+#define EDU_LIVENESS	0x04
+#define EDU_FACTORIAL	0x08
+#define EDU_STATUS	0x20
+#define EDU_COMPUTING	0x01
+#define EDU_STATUS_IRQ	0x80
+#define EDU_IRQ_STATUS	0x24
+#define EDU_IRQ_RAISE	0x60
+#define EDU_IRQ_ACK	0x64
 #define EDU_SOURCE	0x80
 #define EDU_TARGET	0x88
 #define EDU_BYTES	0x90
 #define EDU_COMMAND	0x98
 #define EDU_RUN		1
 #define EDU_TO_MEMORY	2
+#define EDU_IRQ		4
 #define EDU_BUFFER	0x40000
 
 #define PCI_COMMAND	0x04

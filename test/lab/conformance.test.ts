@@ -25,7 +25,7 @@ test.after(() => host?.close());
 /** Accesses that the IOMMU refused the device, as the kernel's log has them: each page once. */
 async function refusedPages(): Promise<Set<string>> {
   const lines = (await host.kernelLog()).split("\n").map((line) => line.replace(/^\[[^\]]*\] /, ""));
-  const faults = lines.map(parseFault).filter((fault) => fault?.bdf.endsWith(l1Bdf.edu.slice(5)));
+  const faults = lines.map(parseFault).filter((fault) => fault?.device.endsWith(l1Bdf.edu.slice(5)));
   return new Set(faults.map((fault) => `${fault!.access} ${Number.parseInt(fault!.iova, 16)}`));
 }
 

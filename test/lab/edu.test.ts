@@ -1,4 +1,5 @@
-// Every operation of the DMA API on an assigned edu, whose engine moves the bytes: see edu.ts.
+// Every operation of the DMA API on an edu, whose engine moves the bytes: QEMU's, assigned, and the emulated one. See
+// edu.ts.
 
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
@@ -43,5 +44,14 @@ for (const kernel of kernelSeries) {
     assert.ok((await iommuFaults("Write")) > before.writes, "the IOMMU refused writes");
   };
   labTest(test, `a ${kernel} guest uses and misuses every operation of the DMA API`, () => host, body);
+
+  const emulated = async () => {
+    const vmm = await RunningVmm.start(host, ["--assign", "emul:edu", await eduImage(kernel)]);
+    await vmm.guestSays("ready");
+    await exerciseEdu(vmm, { guest: "0000:00:01.0", host: "emul:edu" });
+    const { stats } = await vmm.end();
+    assert.ok((stats.get("devices/emul:edu/dma/faults") ?? 0) >= 5, "the software IOMMU refused accesses");
+  };
+  labTest(test, `the same in a ${kernel} guest with an emulated edu`, () => host, emulated);
 }
 test.run();

@@ -61,7 +61,7 @@ const usage: readonly (readonly [args: string[], message: string])[] = [
   [["--memory", "8T", "a"], "--memory 8T: too large; it has to be less than 8T"],
   [["--memory", "20000K", "a"], "--memory 20000K: not a whole number of MiB"],
   [["--dma", "open", "a"], "--dma open: not a policy; there are strict and pinned"],
-  [["--assign", "", "a"], "--assign : names no device; give a BDF such as 0000:02:00.0"],
+  [["--assign", "", "a"], "--assign : names no device; give a BDF such as 0000:02:00.0, or emul:edu"],
   [
     ["--assign", "somewhere", "a"],
     '"somewhere" is no PCI address; it looks like 0000:02:00.0 or 02:00.0 (see lspci -D)',
@@ -74,6 +74,41 @@ const usage: readonly (readonly [args: string[], message: string])[] = [
     "--assign 02:00.0,constructor=1: unknown key constructor; there are guest, dma, domain",
   ],
   [["--assign", "02:00.0,domain=mine", "a"], "--assign 02:00.0,domain=mine: domain: the only value is own"],
+  [["--assign", "emul:", "a"], "--assign emul:: there is no emul:; emulated are emul:edu"],
+  [
+    ["--assign", "emul:floppy,x=1", "a"],
+    "--assign emul:floppy,x=1: there is no emul:floppy; emulated are emul:edu",
+  ],
+  [["--assign", "emul:edu.1", "a"], "--assign emul:edu.1: there is no emul:edu.1; emulated are emul:edu"],
+  [["--assign", "emul:edu,mask=1", "a"], "--assign emul:edu,mask=1: unknown key mask; see --help"],
+  [
+    ["--assign", "emul:edu,guest=40", "a"],
+    "--assign emul:edu,guest=40: guest: not a whole number from 1 to 31",
+  ],
+  [
+    ["--assign", "emul:edu,__proto__=1", "a"],
+    "--assign emul:edu,__proto__=1: unknown key __proto__; see --help",
+  ],
+  [
+    ["--assign", "emul:edu,dma_mask=wide", "a"],
+    "--assign emul:edu,dma_mask=wide: dma_mask: not a mask; give a number such as 0xfffffff",
+  ],
+  [
+    ["--assign", "emul:edu,dma_mask=1,dma_mask=2", "a"],
+    "--assign emul:edu,dma_mask=1,dma_mask=2: dma_mask is given twice",
+  ],
+  [
+    ["--assign", "emul:edu", "--dma-limit", "1M,emul:edu.1", "a"],
+    "--dma-limit 1M,emul:edu.1: emul:edu.1 is not assigned; assigned: emul:edu",
+  ],
+  [
+    ["--assign", "emul:edu", "--inject", "map,device=emul:", "a"],
+    '--inject map,device=emul:: device: "emul:" names no emulated device; they are called emul:edu, emul:edu.1, and so on',
+  ],
+  [
+    ["--assign", "emul:edu,guest=2", "--assign", "emul:edu,guest=2", "a"],
+    "emul:edu.1: guest slot 2 is taken by emul:edu; use another",
+  ],
   [["--dma-limit", "1", "a"], "--dma-limit 1: too small; it takes at least a page, 4K"],
   [["--dma-limit", "6K", "a"], "--dma-limit 6K: not a whole number of pages of 4K"],
   [
@@ -216,8 +251,15 @@ test("options become what they say", () => {
       cpus: 4,
       memoryBytes: 8 * 2 ** 30,
       assignments: [
-        { bdf: "0000:02:00.0", guestSlot: 5, policy: "strict", ownDomain: false, limitBytes: 0 },
-        { bdf: "0000:03:00.0", policy: "pinned", ownDomain: true, limitBytes: 0 },
+        {
+          kind: "vfio",
+          name: "0000:02:00.0",
+          guestSlot: 5,
+          policy: "strict",
+          ownDomain: false,
+          limitBytes: 0,
+        },
+        { kind: "vfio", name: "0000:03:00.0", policy: "pinned", ownDomain: true, limitBytes: 0 },
       ],
       limitBytes: 0,
       injections: [],
@@ -225,6 +267,26 @@ test("options become what they say", () => {
       reboot: false,
     },
   });
+});
+
+test("emulated devices: keys of their own, names by their order, limits and rules by their names", () => {
+  const parsed = parseCommandLine([
+    ..."--assign emul:edu,dma_mask=0x1ffffffff,guest=9 --assign 02:00.0 --assign emul:edu,domain=own".split(
+      " ",
+    ),
+    ..."--assign emul:edu,dma=pinned --memory 64M --dma-limit 4M,emul:edu.1".split(" "),
+    ..."--inject map,device=emul:edu.2 guest.img".split(" "),
+  ]);
+  assert.ok("run" in parsed);
+  const edu = { kind: "emulated", model: "edu", policy: "strict", ownDomain: false, limitBytes: 0 };
+  const mask = { maskLow: 0xfffffff, maskHigh: 0 };
+  assert.equal(parsed.run.assignments, [
+    { ...edu, name: "emul:edu", guestSlot: 9, modelOptions: { maskLow: 0xffffffff, maskHigh: 1 } },
+    { kind: "vfio", name: "0000:02:00.0", policy: "strict", ownDomain: false, limitBytes: 0 },
+    { ...edu, name: "emul:edu.1", ownDomain: true, limitBytes: 4 * 2 ** 20, modelOptions: mask },
+    { ...edu, name: "emul:edu.2", policy: "pinned", modelOptions: mask },
+  ]);
+  assert.is(parsed.run.injections[0]!.device, "emul:edu.2");
 });
 
 test.run();

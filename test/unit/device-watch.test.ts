@@ -6,7 +6,7 @@ import { writeSync } from "node:fs";
 import { suite } from "uvu";
 import { DeviceWatch, type WatchedDevice } from "../../vmm/device-watch.js";
 import { SystemError } from "../../vmm/errors.js";
-import { FaultWatch, kernelMessage, parseFault } from "../../vmm/iommu-faults.js";
+import { type Fault, FaultWatch, kernelMessage, loggedFaults, parseFault } from "../../vmm/iommu-faults.js";
 import { DeviceEvents } from "../../vmm/vfio/events.js";
 import { parseBdf } from "../../vmm/vfio/sysfs.js";
 import { Device, Machine } from "./support/pci-parts.js";
@@ -26,20 +26,20 @@ const WRITE =
 
 words("Intel's", () => {
   assert.deepEqual(parseFault(READ), {
-    bdf: "04:00.0",
+    device: "04:00.0",
     access: "read",
     iova: "2345000",
     why: "PTE Read access is not set",
   });
   assert.equal(parseFault(WRITE)?.access, "write");
   const pasid = READ.replace("NO_PASID", "PASID 0x1f");
-  assert.equal(parseFault(pasid)?.bdf, "04:00.0");
+  assert.equal(parseFault(pasid)?.device, "04:00.0");
   // 5.10.
   assert.deepEqual(
     parseFault(
       "DMAR: [DMA Write] Request device [03:00.1] PASID ffffffff fault addr fffc0000 [fault reason 02] Present bit in context entry is clear",
     ),
-    { bdf: "03:00.1", access: "write", iova: "fffc0000", why: "Present bit in context entry is clear" },
+    { device: "03:00.1", access: "write", iova: "fffc0000", why: "Present bit in context entry is clear" },
   );
 });
 
@@ -49,25 +49,25 @@ words("AMD's, with and without the device in front", () => {
     parseFault(
       "nvme 0000:01:00.0: AMD-Vi: Event logged [IO_PAGE_FAULT domain=0x000b address=0xb6674000 flags=0x0000]",
     ),
-    { bdf: "0000:01:00.0", access: "read", iova: "b6674000", why: "not mapped" },
+    { device: "0000:01:00.0", access: "read", iova: "b6674000", why: "not mapped" },
   );
   assert.deepEqual(
     parseFault(
       "vfio-pci 0000:02:00.0: AMD-Vi: Event logged [IO_PAGE_FAULT domain=0x0015 address=0x1fffff800 flags=0x0030]",
     ),
-    { bdf: "0000:02:00.0", access: "write", iova: "1fffff800", why: "mapped, but not for that" },
+    { device: "0000:02:00.0", access: "write", iova: "1fffff800", why: "mapped, but not for that" },
   );
   assert.deepEqual(
     parseFault(
       "AMD-Vi: Event logged [IO_PAGE_FAULT device=0000:02:00.0 domain=0x0015 address=0x1fffff800 flags=0x0020]",
     ),
-    { bdf: "0000:02:00.0", access: "write", iova: "1fffff800", why: "not mapped" },
+    { device: "0000:02:00.0", access: "write", iova: "1fffff800", why: "not mapped" },
   );
   assert.deepEqual(
     parseFault(
       "AMD-Vi: Event logged [IO_PAGE_FAULT device=02:00.0 domain=0x0015 address=0x00000001fffff800 flags=0x0000]",
     ),
-    { bdf: "02:00.0", access: "read", iova: "1fffff800", why: "not mapped" },
+    { device: "02:00.0", access: "read", iova: "1fffff800", why: "not mapped" },
   );
 });
 
@@ -103,7 +103,7 @@ function watch() {
   const said: string[] = [];
   const counted: number[] = [];
   const faults = new FaultWatch(
-    { read: (each) => log.splice(0).forEach(each) },
+    [loggedFaults({ read: (each) => log.splice(0).forEach(each) })],
     new Map([
       [NVME as string, { handle: 1 }],
       [EDU as string, { handle: 2 }],
@@ -157,6 +157,39 @@ bursts("devices have bursts of their own; other devices' faults are not ours", (
   ]);
 });
 
+bursts(
+  "a source that tells all: what it counted without telling is counted, and the last line has no doubt",
+  () => {
+    const said: string[] = [];
+    const counted: number[] = [];
+    const fault = { device: "emul:edu.1", access: "write", iova: "1000", why: "not mapped" } as const;
+    const news: [Fault, number?][] = [[fault], [fault], [fault, 40]];
+    const faults = new FaultWatch(
+      [
+        {
+          complete: true,
+          read: (each) => {
+            for (const [it, more] of news.splice(0)) each(it, more);
+          },
+        },
+        loggedFaults({ read: () => undefined }),
+      ],
+      new Map([["emul:edu.1", { handle: 3 }]]),
+      (handle, times) => counted.push(handle, times),
+      (line) => said.push(line),
+    );
+    faults.look(0);
+    news.push([{ ...fault, device: "emul:edu" }]);
+    faults.look(100);
+    faults.close();
+    assert.deepEqual(said, [
+      "emul:edu.1: the IOMMU refused a write at iova 0x1000: nothing is mapped there for it (not mapped)",
+      "emul:edu.1: 42 more of its accesses were refused within a second",
+    ]);
+    assert.deepEqual(counted, [3, 1, 3, 1, 3, 41]);
+  },
+);
+
 // ---- events ----
 
 const events = suite("devices: events");
@@ -206,7 +239,7 @@ function rig() {
     };
     return {
       device,
-      bdf,
+      name: bdf,
       handle: index + 1,
       events: new DeviceEvents(device),
       unplug: step("unplug"),
@@ -218,7 +251,7 @@ function rig() {
   const start = (watched: readonly WatchedDevice[] = devices) =>
     new DeviceWatch(
       watched,
-      undefined,
+      [],
       () => assert.fail("no log, no fault"),
       (line) => said.push(line),
     );

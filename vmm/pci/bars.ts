@@ -5,12 +5,16 @@ import { gpa, type Hva } from "../../hypercalls/addresses.js";
 import { attempt, VmmError } from "../errors.js";
 import type { IoHandler } from "../io-bus.js";
 import type { ConfigSpace } from "./config-space.js";
-import type { PciMachine } from "./machine-interface.js";
+import type { PciMachine, RegisterTarget } from "./machine-interface.js";
 import { PCI } from "./registers.js";
 
-/** A stretch of a BAR: memory of this process (whole pages), or a handler whose offsets count from the BAR's start. */
+/**
+ * A stretch of a BAR: memory of this process (whole pages), a handler whose offsets count from the BAR's start, or, and
+ * then it is the whole BAR, registers of an emulated device.
+ */
 export type BarPart = { readonly offset: number; readonly bytes: number } & (
   | { readonly hva: Hva }
+  | { readonly registers: RegisterTarget }
   | { readonly handler: IoHandler }
 );
 
@@ -99,6 +103,9 @@ export class Bar {
       if ("hva" in part) {
         const slot = machine.addMemslot(gpa(at), part.bytes, part.hva);
         this.mapped.push(() => machine.removeMemslot(slot));
+      } else if ("registers" in part) {
+        machine.addRegisters(gpa(at), part.bytes, part.registers);
+        this.mapped.push(() => machine.removeRegisters(gpa(at)));
       } else if (this.spec.kind === "io") {
         machine.addPio(at, part.bytes, shifted(part.handler, part.offset));
         this.mapped.push(() => machine.removePio(at));

@@ -4,6 +4,12 @@
 import type { Gpa, Hva } from "../../hypercalls/addresses.js";
 import type { IoHandler } from "../io-bus.js";
 
+/** Registers of an emulated device: its number among them, and which of its BARs. */
+export interface RegisterTarget {
+  readonly device: number;
+  readonly bar: number;
+}
+
 /** Every function that fails throws a SystemError or a VmmError. Lengths of slots are whole pages. */
 export interface PciMachine {
   /** Puts memory of this process into the guest's address space (KVM_SET_USER_MEMORY_REGION). Returns the slot. */
@@ -13,6 +19,10 @@ export interface PciMachine {
 
   addMmio(gpa: Gpa, bytes: number, handler: IoHandler): void;
   removeMmio(gpa: Gpa): void;
+
+  /** Whole pages that are registers of an emulated device: vCPUs take accesses there to its thread themselves. */
+  addRegisters(gpa: Gpa, bytes: number, target: RegisterTarget): void;
+  removeRegisters(gpa: Gpa): void;
 
   addPio(port: number, count: number, handler: IoHandler): void;
   removePio(port: number): void;

@@ -9,6 +9,15 @@ import { CONSTANT } from "../sys/vfio.js";
 import type { Area, VfioDeviceAccess } from "../vfio/device.js";
 import { allOnes, readAligned, writeAligned } from "./access.js";
 import { type AddressDecoder, Bar, type BarPart, type BarSpec } from "./bars.js";
+import {
+  type Capability,
+  linkCapabilities,
+  MsiCapability,
+  msiCapabilityBytes,
+  msixFlags,
+  setMsix,
+  setPm,
+} from "./capabilities.js";
 import { ConfigSpace } from "./config-space.js";
 import type { PciFunction } from "./function.js";
 import { Intx } from "./intx.js";
@@ -55,8 +64,7 @@ export class VfioPciFunction implements PciFunction {
   /** Capabilities the guest sees: where each is, 0 when it is not there. */
   private readonly pm: number = 0;
   private readonly pcie: number = 0;
-  private readonly msiAt: number = 0;
-  private readonly msi: Msi | undefined;
+  private readonly msi: MsiCapability | undefined;
   private readonly msixAt: MsixPlace | undefined;
   private readonly msix: Msix | undefined;
   private mode: InterruptMode = "intx";
@@ -95,12 +103,8 @@ export class VfioPciFunction implements PciFunction {
       // The first of a kind counts. Everything else is hidden: its registers may act on what is not the guest's.
       if (id === PCI.PCI_CAP_ID_PM && !this.pm) this.pm = this.addPm(at);
       else if (id === PCI.PCI_CAP_ID_EXP && !this.pcie) this.pcie = this.addPcie(at);
-      else if (id === PCI.PCI_CAP_ID_MSI && !this.msi) {
-        const vectors = this.addMsi(at);
-        if (vectors === 0) continue;
-        this.msiAt = at;
-        this.msi = new Msi(this.irqSource(MSI, vectors), machine, (line) => this.warn("MSI", line));
-      } else if (id === PCI.PCI_CAP_ID_MSIX && !this.msix) {
+      else if (id === PCI.PCI_CAP_ID_MSI && !this.msi) this.msi = this.addMsi(at, machine);
+      else if (id === PCI.PCI_CAP_ID_MSIX && !this.msix) {
         const vectors = Math.min(
           (this.host(at + PCI.PCI_MSIX_FLAGS, 2) & PCI.PCI_MSIX_FLAGS_QSIZE) + 1,
           device.irq(MSIX).count,
@@ -110,7 +114,13 @@ export class VfioPciFunction implements PciFunction {
         this.msix = new Msix(this.irqSource(MSIX, vectors), machine, (line) => this.warn("MSI-X", line));
       }
     }
-    this.linkCapabilities([this.pm, this.msiAt, this.pcie, this.msixAt?.at ?? 0]);
+    const capabilities: Capability[] = [
+      { id: PCI.PCI_CAP_ID_PM, at: this.pm },
+      { id: PCI.PCI_CAP_ID_MSI, at: this.msi?.at ?? 0 },
+      { id: PCI.PCI_CAP_ID_EXP, at: this.pcie },
+      { id: PCI.PCI_CAP_ID_MSIX, at: this.msixAt?.at ?? 0 },
+    ];
+    linkCapabilities(this.config, capabilities);
 
     if (device.irq(INTX).count > 0) {
       const source = {
@@ -149,7 +159,7 @@ export class VfioPciFunction implements PciFunction {
       if (touches(PCI.PCI_COMMAND, 2)) this.applyCommand(this.config.read(PCI.PCI_COMMAND, 2));
       if (touches(PCI.PCI_BASE_ADDRESS_0, 4 * BARS)) this.decoder.settle();
       if (this.pcie && touches(this.pcie + PCI.PCI_EXP_DEVCTL, 2)) this.applyDevctl();
-      if (this.msiAt && touches(this.msiAt, this.msiBytes())) this.applyInterrupts();
+      if (this.msi?.touchedBy(register, width)) this.applyInterrupts();
       if (this.msixAt && touches(this.msixAt.at + PCI.PCI_MSIX_FLAGS, 2)) this.applyInterrupts();
     });
   }
@@ -210,8 +220,7 @@ export class VfioPciFunction implements PciFunction {
     for (const bar of this.bars) bar.decoding = false;
     this.attempt("BARs", () => this.decoder.settle());
     this.attempt("MSI-X", () => this.msix?.reset());
-    const off = { enabled: false, count: 0, message: { lo: 0, hi: 0, data: 0 }, mask: 0 };
-    this.attempt("MSI", () => this.msi?.apply(off));
+    this.attempt("MSI", () => this.msi?.off());
     this.attempt("INTx", () => this.intx?.disable());
     this.mode = "intx";
     this.attempt("reset", () => this.quiesce());
@@ -269,22 +278,9 @@ export class VfioPciFunction implements PciFunction {
     }
   }
 
-  /** Chains the capabilities the guest sees; they are where the device has them. */
-  private linkCapabilities(places: readonly number[]): void {
-    let next = 0;
-    for (const at of places.filter((place) => place !== 0).sort((a, b) => b - a)) {
-      this.config.set(at, 1, this.host(at, 1));
-      this.config.set(at + PCI.PCI_CAP_LIST_NEXT, 1, next);
-      next = at;
-    }
-    this.config.set(PCI.PCI_CAPABILITY_LIST, 1, next);
-  }
-
-  /** Power states are the guest's to set, but the device stays in D0: it has to answer at any time. No wake-up. */
   private addPm(at: number): number {
     if (at + PCI.PCI_PM_SIZEOF > CONFIG_BYTES) return 0;
-    this.config.set(at + PCI.PCI_PM_PMC, 2, this.host(at + PCI.PCI_PM_PMC, 2) & ~PCI.PCI_PM_CAP_PME_MASK);
-    this.config.set(at + PCI.PCI_PM_CTRL, 2, PCI.PCI_PM_CTRL_NO_SOFT_RESET, PCI.PCI_PM_CTRL_STATE_MASK);
+    setPm(this.config, at, this.host(at + PCI.PCI_PM_PMC, 2));
     return at;
   }
 
@@ -309,43 +305,16 @@ export class VfioPciFunction implements PciFunction {
     return at;
   }
 
-  /** Returns the vectors that can be had, 0 for no MSI. */
-  private addMsi(at: number): number {
+  /** Undefined when no vectors can be had. */
+  private addMsi(at: number, machine: PciMachine): MsiCapability | undefined {
     const flags = this.host(at + PCI.PCI_MSI_FLAGS, 2);
     const available = this.device.irq(MSI).count;
     const wide = (flags & PCI.PCI_MSI_FLAGS_64BIT) !== 0;
     const maskable = (flags & PCI.PCI_MSI_FLAGS_MASKBIT) !== 0;
-    const bytes = (wide ? PCI.PCI_MSI_MASK_64 : PCI.PCI_MSI_MASK_32) + (maskable ? 8 : 0);
-    if (available === 0 || at + bytes > CONFIG_BYTES) return 0;
-    const log = Math.min((flags & PCI.PCI_MSI_FLAGS_QMASK) >> 1, 5, Math.floor(Math.log2(available)));
-    const layout = flags & (PCI.PCI_MSI_FLAGS_64BIT | PCI.PCI_MSI_FLAGS_MASKBIT);
-    this.config.set(
-      at + PCI.PCI_MSI_FLAGS,
-      2,
-      layout | (log << 1),
-      PCI.PCI_MSI_FLAGS_ENABLE | PCI.PCI_MSI_FLAGS_QSIZE,
-    );
-    this.config.set(at + PCI.PCI_MSI_ADDRESS_LO, 4, 0, 0xfffffffc);
-    if (wide) this.config.set(at + PCI.PCI_MSI_ADDRESS_HI, 4, 0, 0xffffffff);
-    this.config.set(at + (wide ? PCI.PCI_MSI_DATA_64 : PCI.PCI_MSI_DATA_32), 2, 0, 0xffff);
-    if (maskable) this.config.set(at + this.msiMask(wide), 4, 0, allOnes(2 ** log / 8));
-    return 2 ** log;
-  }
-
-  private msiMask(wide: boolean): number {
-    return wide ? PCI.PCI_MSI_MASK_64 : PCI.PCI_MSI_MASK_32;
-  }
-
-  private msiFlags(): number {
-    return this.config.read(this.msiAt + PCI.PCI_MSI_FLAGS, 2);
-  }
-
-  /** Length of the MSI capability up to its pending bits. */
-  private msiBytes(): number {
-    const flags = this.msiFlags();
-    return (
-      this.msiMask((flags & PCI.PCI_MSI_FLAGS_64BIT) !== 0) + (flags & PCI.PCI_MSI_FLAGS_MASKBIT ? 4 : 0)
-    );
+    if (available === 0 || at + msiCapabilityBytes(wide, maskable) > CONFIG_BYTES) return undefined;
+    const log2 = Math.min((flags & PCI.PCI_MSI_FLAGS_QMASK) >> 1, 5, Math.floor(Math.log2(available)));
+    const msi = new Msi(this.irqSource(MSI, 2 ** log2), machine, (line) => this.warn("MSI", line));
+    return new MsiCapability(this.config, at, log2, wide, maskable, msi);
   }
 
   /** Undefined, with a warning, when the table or the pending bits do not lie in a BAR as they have to. */
@@ -369,10 +338,7 @@ export class VfioPciFunction implements PciFunction {
       this.warn("MSI-X", "its MSI-X table is not inside its BARs: MSI-X is hidden");
       return undefined;
     }
-    const writable = PCI.PCI_MSIX_FLAGS_ENABLE | PCI.PCI_MSIX_FLAGS_MASKALL;
-    this.config.set(at + PCI.PCI_MSIX_FLAGS, 2, vectors - 1, writable);
-    this.config.set(at + PCI.PCI_MSIX_TABLE, 4, table);
-    this.config.set(at + PCI.PCI_MSIX_PBA, 4, pba);
+    setMsix(this.config, at, vectors, table, pba);
     return place;
   }
 
@@ -386,9 +352,7 @@ export class VfioPciFunction implements PciFunction {
     if (this.pcie && touches(this.pcie + PCI.PCI_EXP_DEVSTA, 2)) {
       this.config.set(this.pcie + PCI.PCI_EXP_DEVSTA, 2, this.host(this.pcie + PCI.PCI_EXP_DEVSTA, 2));
     }
-    if (this.msi && this.msiFlags() & PCI.PCI_MSI_FLAGS_MASKBIT && touches(this.msiAt + this.msiBytes(), 4)) {
-      this.config.set(this.msiAt + this.msiBytes(), 4, this.msi.pending());
-    }
+    this.msi?.refresh(register, width);
   }
 
   /** BARs leave the guest before the device stops answering, and come after it has started to. */
@@ -440,34 +404,17 @@ export class VfioPciFunction implements PciFunction {
    * old kind goes before the new one comes. The host sets the device's own enable bits.
    */
   private applyInterrupts(): void {
-    const msixFlags = this.msixAt ? this.config.read(this.msixAt.at + PCI.PCI_MSIX_FLAGS, 2) : 0;
-    const msiFlags = this.msi ? this.msiFlags() : 0;
-    const mode =
-      msixFlags & PCI.PCI_MSIX_FLAGS_ENABLE ? "msix" : msiFlags & PCI.PCI_MSI_FLAGS_ENABLE ? "msi" : "intx";
+    const msix = this.msixAt ? msixFlags(this.config, this.msixAt.at) : undefined;
+    const mode = msix?.enabled ? "msix" : this.msi?.enabled ? "msi" : "intx";
     if (mode !== this.mode) {
       if (this.mode === "msix") this.msix!.control(false, false);
-      else if (this.mode === "msi") this.applyMsi(0);
+      else if (this.mode === "msi") this.msi!.off();
       else this.attempt("INTx", () => this.intx?.disable());
       this.mode = mode;
       if (mode === "intx") this.attempt("INTx", () => this.intx?.enable());
     }
-    if (mode === "msix") this.msix!.control(true, (msixFlags & PCI.PCI_MSIX_FLAGS_MASKALL) !== 0);
-    if (mode === "msi") this.applyMsi(msiFlags);
-  }
-
-  private applyMsi(flags: number): void {
-    const wide = (flags & PCI.PCI_MSI_FLAGS_64BIT) !== 0;
-    const at = this.msiAt;
-    this.msi!.apply({
-      enabled: (flags & PCI.PCI_MSI_FLAGS_ENABLE) !== 0,
-      count: 2 ** Math.min((flags & PCI.PCI_MSI_FLAGS_QSIZE) >> 4, 5),
-      message: {
-        lo: this.config.read(at + PCI.PCI_MSI_ADDRESS_LO, 4),
-        hi: wide ? this.config.read(at + PCI.PCI_MSI_ADDRESS_HI, 4) : 0,
-        data: this.config.read(at + (wide ? PCI.PCI_MSI_DATA_64 : PCI.PCI_MSI_DATA_32), 2),
-      },
-      mask: flags & PCI.PCI_MSI_FLAGS_MASKBIT ? this.config.read(at + this.msiMask(wide), 4) : 0,
-    });
+    if (mode === "msix") this.msix!.control(true, msix!.masked);
+    if (mode === "msi") this.msi!.apply();
   }
 
   // ---- BARs ----

@@ -2,8 +2,8 @@
 // devices. KVM has to be told of the groups between the last two. A failure closes whatever was open.
 
 import { forEachAnyway } from "../cleanup.js";
-import { UsageError, VmmError } from "../errors.js";
-import { SLOTS } from "../pci/bus.js";
+import { VmmError } from "../errors.js";
+import { assignSlots } from "../pci/slots.js";
 import { VfioContainer, VfioGroup } from "./container.js";
 import type { VfioDevice } from "./device.js";
 import { assignableGroup, type Bdf } from "./sysfs.js";
@@ -33,26 +33,12 @@ export function prepareAssignments(
   requests: readonly AssignRequest[],
   options: { readonly sysfs?: string; readonly takenSlots?: ReadonlySet<number> } = {},
 ): Assignment[] {
-  const owner = new Map<number, string>(
-    [...(options.takenSlots ?? [])].map((slot) => [slot, "another device"]),
+  const slots = assignSlots(
+    requests.map(({ bdf, guestSlot }) => ({ name: bdf, ...(guestSlot === undefined ? {} : { guestSlot }) })),
+    options.takenSlots,
   );
-  const seen = new Set<Bdf>();
-  for (const { bdf, guestSlot } of requests) {
-    if (seen.has(bdf)) throw new UsageError(`${bdf}: assigned twice; name each device once`);
-    seen.add(bdf);
-    if (guestSlot === undefined) continue;
-    if (!Number.isInteger(guestSlot) || guestSlot < 1 || guestSlot >= SLOTS) {
-      throw new VmmError(`${bdf}: guest slot ${guestSlot} is out of range; use 1 to ${SLOTS - 1}`);
-    }
-    const other = owner.get(guestSlot);
-    if (other !== undefined)
-      throw new UsageError(`${bdf}: guest slot ${guestSlot} is taken by ${other}; use another`);
-    owner.set(guestSlot, bdf);
-  }
-
   const domainOf = new Map<number, { readonly bdf: Bdf; readonly domain: string }>();
-  return requests.map((request) => {
-    const { bdf, domain = SHARED_DOMAIN } = request;
+  return requests.map(({ bdf, domain = SHARED_DOMAIN }, index) => {
     const group = assignableGroup(bdf, options.sysfs);
     const first = domainOf.get(group) ?? { bdf, domain };
     domainOf.set(group, first);
@@ -61,15 +47,8 @@ export function prepareAssignments(
         `${bdf}: shares IOMMU group ${group} with ${first.bdf}, so both have to be in one domain; give them the same policy, and neither domain=own`,
       );
     }
-    const guestSlot = request.guestSlot ?? freeSlot(owner, bdf);
-    owner.set(guestSlot, bdf);
-    return { bdf, group, guestSlot, domain };
+    return { bdf, group, guestSlot: slots[index]!, domain };
   });
-}
-
-function freeSlot(owner: ReadonlyMap<number, string>, bdf: Bdf): number {
-  for (let slot = 1; slot < SLOTS; slot++) if (!owner.has(slot)) return slot;
-  throw new VmmError(`${bdf}: the guest's PCI bus is full (${SLOTS - 1} devices); assign fewer`);
 }
 
 export class OpenAssignments {

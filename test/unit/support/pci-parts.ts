@@ -6,7 +6,7 @@ import { type Hva, hva } from "../../../hypercalls/addresses.js";
 import { ConfigPorts, newConfigAddress } from "../../../vmm/devices/config-ports.js";
 import { SystemError } from "../../../vmm/errors.js";
 import type { IoHandler, Width } from "../../../vmm/io-bus.js";
-import type { PciMachine } from "../../../vmm/pci/machine-interface.js";
+import type { PciMachine, RegisterTarget } from "../../../vmm/pci/machine-interface.js";
 import type { Area, IrqInfo, RegionInfo, VfioDeviceAccess } from "../../../vmm/vfio/device.js";
 
 /** A breach of an interface: never something that the code under test may catch. */
@@ -29,6 +29,7 @@ export class Machine implements PciMachine {
   readonly log: string[] = [];
   readonly slots = new Map<number, { readonly gpa: number; readonly bytes: number; readonly hva: number }>();
   readonly mmio: Range[] = [];
+  readonly registers = new Map<number, RegisterTarget & { readonly bytes: number }>();
   readonly #config = new ConfigPorts(newConfigAddress());
   readonly pio: Range[] = [];
   readonly gsis = new Set<number>();
@@ -71,6 +72,16 @@ export class Machine implements PciMachine {
 
   removeMmio(gpa: number): void {
     this.#remove(this.mmio, gpa);
+  }
+
+  addRegisters(gpa: number, bytes: number, { device, bar }: RegisterTarget): void {
+    breachIf(gpa % 4096 !== 0 || bytes % 4096 !== 0, "registers are not whole pages");
+    breachIf(this.registers.has(gpa), "registers twice at one place");
+    this.registers.set(gpa, { bytes, device, bar });
+  }
+
+  removeRegisters(gpa: number): void {
+    breachIf(!this.registers.delete(gpa), `no registers at 0x${gpa.toString(16)}`);
   }
 
   addPio(port: number, count: number, handler: IoHandler): void {
