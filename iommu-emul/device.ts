@@ -60,9 +60,27 @@ export interface DmaPort {
   write(iova: number, from: Buffer, at: number, bytes: number): DmaFault;
 }
 
+/**
+ * System calls that Node has no function for. All are optional: a device does without what is missing, as is said of
+ * each. Numbers returned are bytes, or -errno.
+ */
+export interface FileNatives {
+  /** Where a buffer's bytes are in this process; for the two below. Missing: neither is used. */
+  readonly addressOf?: (buffer: Buffer) => number;
+  /** preadv2 with RWF_NOWAIT of one piece: what is cached, -EAGAIN when nothing is. Missing: reads wait for the disk. */
+  readonly readCached?: (fd: number, address: number, bytes: number, offset: number) => number;
+  /** pwrite. Missing: Node's, which costs some microseconds more. */
+  readonly write?: (fd: number, address: number, bytes: number, offset: number) => number;
+  /** fallocate, PUNCH_HOLE and KEEP_SIZE; throws. Missing: deallocating does nothing, zeroes are written. */
+  readonly punchHole?: (fd: number, offset: number, bytes: number) => void | Promise<void>;
+  /** flock, exclusive or shared, without waiting: 0 or -errno. Missing: other users of the file are not noticed. */
+  readonly lock?: (fd: number, exclusive: boolean) => number;
+}
+
 /** What a device is given. */
 export interface DeviceHost {
   readonly dma: DmaPort;
+  readonly natives: FileNatives;
   /** Signals a vector (0 to vectors - 1); kept while the guest has it masked, lost while interrupts are off. */
   interrupt(vector: number): void;
   /**

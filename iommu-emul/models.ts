@@ -2,9 +2,10 @@
 
 import type { DeviceModel } from "./device.js";
 import { edu } from "./edu.js";
+import { nvme } from "./nvme/model.js";
 
 /** What a model's options are is between its own functions. */
-export const MODELS: readonly DeviceModel<unknown>[] = [edu];
+export const MODELS: readonly DeviceModel<unknown>[] = [nvme, edu];
 
 export const modelNamed = (name: string): DeviceModel<unknown> | undefined =>
   MODELS.find((model) => model.name === name);

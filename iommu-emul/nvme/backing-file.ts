@@ -4,24 +4,8 @@
 
 import fs from "node:fs";
 import { promisify } from "node:util";
+import type { FileNatives } from "../device.js";
 import type { DataBuffer } from "./command.js";
-
-/**
- * What Node has no function for. All are optional; what is said of each is done where it is missing. Numbers returned
- * are bytes, or -errno.
- */
-export interface FileNatives {
-  /** Where a buffer's bytes are in this process; for the two below. Missing: neither is used. */
-  readonly addressOf?: (buffer: Buffer) => number;
-  /** preadv2 with RWF_NOWAIT of one piece: what is cached, -EAGAIN when nothing is. Missing: reads wait for the disk. */
-  readonly readCached?: (fd: number, address: number, bytes: number, offset: number) => number;
-  /** pwrite. Missing: Node's, which costs some microseconds more. */
-  readonly write?: (fd: number, address: number, bytes: number, offset: number) => number;
-  /** fallocate, PUNCH_HOLE and KEEP_SIZE; throws. Missing: deallocating does nothing, zeroes are written. */
-  readonly punchHole?: (fd: number, offset: number, bytes: number) => void | Promise<void>;
-  /** flock, exclusive or shared, without waiting: 0 or -errno. Missing: other users of the file are not noticed. */
-  readonly lock?: (fd: number, exclusive: boolean) => number;
-}
 
 /** The page cache does not have it: to be read later. Not an errno. */
 export const WOULD_WAIT = -1;

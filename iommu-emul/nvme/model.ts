@@ -4,7 +4,7 @@
 import fs from "node:fs";
 import { z } from "zod";
 import type { DeviceHost, DeviceModel, EmulatedDevice, MachineFacts, PciDescription } from "../device.js";
-import { BackingFile, type FileNatives, fileBytes } from "./backing-file.js";
+import { BackingFile, fileBytes } from "./backing-file.js";
 import { NvmeController } from "./controller.js";
 import { identityOf, PCI_ID } from "./identify.js";
 import { BAR0_BYTES } from "./spec.js";
@@ -74,8 +74,7 @@ function checkSize(options: NvmeOptions, bytes: number): void {
 
 const queuesFor = (machine: MachineFacts): number => Math.min(machine.cpus, IO_QUEUES_MAX);
 
-/** The model, with what Node has no function for. */
-export const nvmeModel = (natives: FileNatives = {}): DeviceModel<NvmeOptions> => ({
+export const nvme: DeviceModel<NvmeOptions> = {
   name: "nvme",
   help: [
     "file=PATH      the disk's data: a raw file or a block device",
@@ -119,7 +118,7 @@ export const nvmeModel = (natives: FileNatives = {}): DeviceModel<NvmeOptions> =
 
   create(options: NvmeOptions, host: DeviceHost, machine: MachineFacts): EmulatedDevice {
     const { file, readonly, blockBytes } = options;
-    const disk = BackingFile.open(file, { readonly, createBytes: options.bytes }, natives);
+    const disk = BackingFile.open(file, { readonly, createBytes: options.bytes }, host.natives);
     try {
       checkSize(options, disk.bytes);
     } catch (error) {
@@ -131,7 +130,7 @@ export const nvmeModel = (natives: FileNatives = {}): DeviceModel<NvmeOptions> =
       identity: identityOf(fs.realpathSync(file), options.serial),
       blockBytes,
       ioQueues: queuesFor(machine),
-      addressOf: natives.addressOf,
+      addressOf: host.natives.addressOf,
     });
   },
-});
+};

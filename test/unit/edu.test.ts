@@ -36,6 +36,7 @@ function rig(keys: Record<string, string> = {}) {
         return DMA_FAULT.none;
       },
     },
+    natives: {},
     interrupt: (vector) => log.push(`interrupt ${vector}`),
     later: () => assert.fail("it has nothing to wait for"),
     warn: (line) => log.push(`warn ${line}`),

@@ -28,6 +28,7 @@ test("copies what is mapped, says what was refused, interrupts", () => {
   let interrupts = 0;
   const host: DeviceHost = {
     dma: new SoftDmaPort(shared, 0, memoryWindow),
+    natives: {},
     interrupt: () => {
       interrupts++;
     },

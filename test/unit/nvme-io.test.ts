@@ -5,7 +5,7 @@ import assert from "node:assert/strict";
 import fs from "node:fs";
 import { suite } from "uvu";
 import { MAP_FLAG } from "../../hypercalls/abi.js";
-import type { FileNatives } from "../../iommu-emul/nvme/backing-file.js";
+import type { FileNatives } from "../../iommu-emul/device.js";
 import { type Fields, type GuestQueue, NATIVES, NvmeGuest, PAGE } from "./support/nvme-guest.js";
 import { Random } from "./support/random.js";
 

@@ -5,7 +5,7 @@
 import assert from "node:assert/strict";
 import fs from "node:fs";
 import { suite } from "uvu";
-import type { FileNatives } from "../../iommu-emul/nvme/backing-file.js";
+import type { FileNatives } from "../../iommu-emul/device.js";
 
 type Callback = (error: NodeJS.ErrnoException | null) => void;
 const real = fs.fdatasync;

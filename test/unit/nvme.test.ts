@@ -5,7 +5,7 @@ import assert from "node:assert/strict";
 import fs from "node:fs";
 import { join } from "node:path";
 import { suite } from "uvu";
-import { type NvmeOptions, nvmeModel } from "../../iommu-emul/nvme/model.js";
+import { type NvmeOptions, nvme } from "../../iommu-emul/nvme/model.js";
 import { CC_ENABLE, type Fields, type GuestQueue, NATIVES, NvmeGuest, PAGE } from "./support/nvme-guest.js";
 
 const CAP = 0x00;
@@ -744,8 +744,7 @@ shadow.run();
 const options = suite("nvme: options");
 
 options("what the user writes", () => {
-  const model = nvmeModel();
-  const parse = (keys: Record<string, string>) => model.parse(keys);
+  const parse = (keys: Record<string, string>) => nvme.parse(keys);
   assert.deepEqual(parse({ file: "x" }), {
     file: "x",
     bytes: undefined,
@@ -777,7 +776,7 @@ options("what the user writes", () => {
   ]) {
     assert.throws(() => parse(keys as Record<string, string>), Error, JSON.stringify(keys));
   }
-  const { interrupts, bars, classCode } = model.describe(parse({ file: "x" }), { cpus: 3 });
+  const { interrupts, bars, classCode } = nvme.describe(parse({ file: "x" }), { cpus: 3 });
   assert.deepEqual(interrupts, { kind: "msix", vectors: 4, bar: 4 });
   assert.deepEqual(bars, [{ index: 0, bytes: 16384, bits: 64 }]);
   assert.equal(classCode, 0x010802);
@@ -787,9 +786,8 @@ options(
   "files that cannot be had: one line that says why; nothing is made or changed by looking",
   async () => {
     const guest = new NvmeGuest();
-    const model = nvmeModel(NATIVES);
     const file = (name: string) => join(guest.directory, name);
-    const host = { dma: guest.dma, interrupt() {}, later() {}, warn() {} };
+    const host = { dma: guest.dma, natives: NATIVES, interrupt() {}, later() {}, warn() {} };
     const base: Omit<NvmeOptions, "file"> = {
       bytes: undefined,
       readonly: false,
@@ -797,7 +795,7 @@ options(
       serial: undefined,
     };
     const check = (name: string, more: Partial<NvmeOptions> = {}) =>
-      model.check({ ...base, ...more, file: file(name) });
+      nvme.check({ ...base, ...more, file: file(name) });
     assert.throws(() => check("none"), /none is not there; create it, or give size=/);
     assert.throws(() => check("none", { bytes: 512, readonly: true }), /readonly=on it is not made/);
     assert.throws(() => check("none", { bytes: 513 }), /513 bytes, which are not whole blocks of 512/);
@@ -811,11 +809,11 @@ options(
     assert.throws(() => check("small", { bytes: 2048 }), /has 1024 bytes, not 2048 as size= says/);
     assert.throws(() => check("small", { blockBytes: 4096 }), /not whole blocks of 4096/);
     check("small", { bytes: 1024 });
-    assert.throws(() => model.check({ ...base, file: guest.directory }), /neither a file nor a block device/);
-    assert.throws(() => model.check({ ...base, file: "/dev/null" }), /neither a file nor a block device/);
+    assert.throws(() => nvme.check({ ...base, file: guest.directory }), /neither a file nor a block device/);
+    assert.throws(() => nvme.check({ ...base, file: "/dev/null" }), /neither a file nor a block device/);
     // The guest's own disk is in use; reading it together with others that read is no harm.
     const open = (name: string, readonly: boolean) =>
-      model.create({ ...base, file: file(name), readonly }, host, { cpus: 1 });
+      nvme.create({ ...base, file: file(name), readonly }, host, { cpus: 1 });
     assert.throws(() => open("disk.img", false), /disk.img is in use by another device or program/);
     assert.throws(() => open("disk.img", true), /in use/);
     const readers = [open("small", true), open("small", true)];
@@ -823,7 +821,7 @@ options(
     for (const reader of readers) await reader.close();
     await open("small", false).close();
     // Made sparse.
-    await model.create({ ...base, file: file("new"), bytes: 2 ** 40 }, host, { cpus: 1 }).close();
+    await nvme.create({ ...base, file: file("new"), bytes: 2 ** 40 }, host, { cpus: 1 }).close();
     const made = fs.statSync(file("new"));
     assert.deepEqual([made.size, made.blocks, made.mode & 0o777], [2 ** 40, 0, 0o600]);
     await guest.close();

@@ -14,6 +14,7 @@ import {
   type LinkServer,
   type LinkState,
 } from "./link.js";
+import { natives } from "./natives.js";
 
 /** Everything the Worker needs; structured-cloneable. */
 export interface DeviceJob {
@@ -37,6 +38,7 @@ const LINES_MAX = 20;
 
 class DeviceThread implements DeviceHost, LinkServer {
   readonly dma: DmaPort;
+  readonly natives = natives;
   private readonly link: LinkDevice;
   private readonly device: EmulatedDevice;
   /** Operations of later() under way. */

@@ -8,11 +8,10 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { MAP_FLAG } from "../../../hypercalls/abi.js";
 import { hva, iova } from "../../../hypercalls/addresses.js";
-import type { DeviceHost, DmaPort, EmulatedDevice } from "../../../iommu-emul/device.js";
+import type { DeviceHost, DmaPort, EmulatedDevice, FileNatives } from "../../../iommu-emul/device.js";
 import { SoftDmaPort } from "../../../iommu-emul/dma-port.js";
 import { SoftIommu } from "../../../iommu-emul/iommu.js";
-import type { FileNatives } from "../../../iommu-emul/nvme/backing-file.js";
-import { type NvmeOptions, nvmeModel } from "../../../iommu-emul/nvme/model.js";
+import { type NvmeOptions, nvme } from "../../../iommu-emul/nvme/model.js";
 import { addressOf, lockFile, punchHole, readCached, writeAt } from "../../../vmm/native/libc.js";
 
 export const PAGE = 4096;
@@ -105,7 +104,6 @@ export class NvmeGuest {
     this.dma = options.dma?.(port) ?? port;
     this.directory = fs.mkdtempSync(join(tmpdir(), "pvdma-nvme-"));
     this.path = options.file ?? join(this.directory, "disk.img");
-    const model = nvmeModel(options.natives ?? NATIVES);
     const machine = { cpus: options.cpus ?? 4 };
     const settings: NvmeOptions = {
       bytes: options.file === undefined ? 16 * 2 ** 20 : undefined,
@@ -115,13 +113,14 @@ export class NvmeGuest {
       ...options,
       file: this.path,
     };
-    model.check(settings);
-    this.device = model.create(settings, this.#host(), machine);
+    nvme.check(settings);
+    this.device = nvme.create(settings, this.#host(options.natives ?? NATIVES), machine);
   }
 
-  #host(): DeviceHost {
+  #host(natives: FileNatives): DeviceHost {
     return {
       dma: this.dma,
+      natives,
       interrupt: (vector) => this.interrupts.push(vector),
       later: (operation, then, failed) => {
         this.#later++;

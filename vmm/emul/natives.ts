@@ -1,0 +1,6 @@
+// What emulated devices need of the system and Node has no function for.
+
+import type { FileNatives } from "../../iommu-emul/device.js";
+import { addressOf, lockFile, punchHole, readCached, writeAt } from "../native/libc.js";
+
+export const natives: FileNatives = { addressOf, readCached, write: writeAt, punchHole, lock: lockFile };
