@@ -21,7 +21,7 @@ struct pvdma_stat {
 	unsigned int index;
 };
 
-#define PVDMA_STATS	19
+#define PVDMA_STATS	20
 
 /*
  * An assigned device. They stand in one array, so that a device's operations lead
@@ -114,6 +114,7 @@ s64 pvdma_outstanding(const struct pvdma_device *p);
 s64 pvdma_stuck(const struct pvdma_device *p);
 u64 pvdma_outstanding_bytes(const struct pvdma_device *p);
 void pvdma_count_left(struct pvdma_device *p, s64 leaked);
+void pvdma_count_late(struct pvdma_device *p);
 void pvdma_nothing_outstanding(struct pvdma_device *p);
 
 #endif /* PVDMA_H */

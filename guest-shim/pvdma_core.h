@@ -113,7 +113,8 @@ struct pvdma_counters {
 	u64 pages_released;	/* undone without an unmap: with their device, by release */
 	s64 outstanding;	/* mappings made and not undone */
 	s64 stuck;		/* of these, unmapped in vain: the host would not */
-	u64 leaked;		/* mappings that drivers left behind: the caller's to count */
+	s64 leaked;		/* mappings that drivers left behind: the caller's to count */
+	u64 late;		/* mappings of these that their driver undid later: likewise */
 };
 
 /**

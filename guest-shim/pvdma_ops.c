@@ -447,11 +447,13 @@ static void pvdma_free_pages(struct device *dev, size_t size, struct page *page,
 			     dma_addr_t iova, enum dma_data_direction dir)
 {
 	struct pvdma_device *p = pvdma_of(dev);
-	bool unreachable = p && (pvdma_forget_memory(p, page) ||
-				 pvdma_unreachable(pvdma_take(p, iova,
-							      PAGE_ALIGN(size))));
+	bool late = p && pvdma_forget_memory(p, page);
+	bool unreachable = late || (p && pvdma_unreachable(pvdma_take(p, iova,
+								      PAGE_ALIGN(size))));
 
 	pvdma_put_pages(dev, page, size, iova, unreachable);
+	if (late)
+		pvdma_count_late(p);
 	/* last, since the module may go after it; the work looks at the driver again */
 	if (p && xa_empty(&p->memory) && unlikely(!READ_ONCE(dev->driver)))
 		pvdma_memory_is_back(p);

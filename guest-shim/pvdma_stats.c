@@ -46,6 +46,7 @@ static const struct {
 	{ "outstanding", NULL, AT(outstanding) },
 	{ "stuck", NULL, AT(stuck) },
 	{ "leaked", NULL, AT(leaked) },
+	{ "late", NULL, AT(late) },
 	{ "retry", "errors", ERROR_AT(PVDMA_STATUS_RETRY) },
 	{ "limit", "errors", ERROR_AT(PVDMA_STATUS_LIMIT) },
 	{ "invalid", "errors", ERROR_AT(PVDMA_STATUS_INVALID) },
@@ -80,10 +81,15 @@ u64 pvdma_outstanding_bytes(const struct pvdma_device *p)
 /* A driver is gone and left this many mappings behind; with the next begins anew what is stuck. */
 void pvdma_count_left(struct pvdma_device *p, s64 leaked)
 {
-	struct pvdma_counters *counters = raw_cpu_ptr(p->counters);
+	this_cpu_add(p->counters->leaked, leaked);
+	this_cpu_sub(p->counters->stuck, pvdma_stuck(p));
+}
 
-	counters->leaked += leaked;
-	counters->stuck -= pvdma_stuck(p);
+/* A driver that is gone gave back what one of the mappings was for that it had left behind. */
+void pvdma_count_late(struct pvdma_device *p)
+{
+	this_cpu_dec(p->counters->leaked);
+	this_cpu_inc(p->counters->late);
 }
 
 /* Nothing of a device without a driver is mapped any more. */

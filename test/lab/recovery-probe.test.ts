@@ -14,6 +14,7 @@ const CALLS = SOAK
   : [0, 1, 2, 3, 4, 5, 6, 8, 12, 40, 120, 199];
 const ROUND_TIMEOUT_MS = 120_000;
 const SLOT = "0000:00:01.0";
+const DEBUGFS = `/sys/kernel/debug/pvdma/${SLOT}`;
 
 const lab = new LabSuite("recovery-probe", { diskBytes: DISK_BYTES });
 
@@ -29,13 +30,22 @@ async function round(vmm: RunningVmm): Promise<{ outcome: string; log: string }>
   return { outcome, log: await vmm.sh("dmesg | sed -n '/nvme/s/^[^]]*] //p'") };
 }
 
+/**
+ * Nothing is mapped, and the driver has given everything back: nvme of 6.1 its shadow doorbells only when its work is
+ * done, which after a failed probe is after the unbind. What was taken back by force then is what it gave back late.
+ */
 async function assertNothingMapped(vmm: RunningVmm): Promise<void> {
+  await vmm.sh(`for i in $(seq 100); do [ $(cat ${DEBUGFS}/leaked) = 0 ] && break; sleep 0.1; done`);
   const { host, guest } = await assertViewsAgree(vmm);
   assert.is(guest.get(`${SLOT}/outstanding`), 0, "the guest has mappings");
   assert.is(guest.get(`${SLOT}/leaked`), 0, "the driver left mappings behind");
   assert.is(host.get("dma/mapped_bytes"), 0, "the host has mappings");
   assert.is(host.get("dma/pinned_bytes"), 0, "the host has pages pinned");
-  assert.is(host.get("dma/released_mappings"), 0, "nothing had to be taken back by force");
+  assert.is(
+    host.get("dma/released_mappings"),
+    guest.get(`${SLOT}/late`),
+    "what had to be taken back by force",
+  );
 }
 
 for (const kernel of SOAK
@@ -51,6 +61,7 @@ for (const kernel of SOAK
     const control = await vmm.control();
     const summary = new Map<string, number[]>();
     for (const call of CALLS) {
+      if (SOAK && call % 20 === 0) console.log(`    call ${call}: ${new Date().toISOString()}`);
       await control.ask(`inject map,skip=${call},next=1`);
       const { outcome, log } = await round(vmm);
       const rules = await control.ask("inject");

@@ -1,0 +1,3 @@
+import { runEmulatedNvmeTests } from "./emul-nvme.js";
+
+runEmulatedNvmeTests("6.1");
