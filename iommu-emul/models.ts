@@ -5,7 +5,7 @@ import { edu } from "./edu.js";
 import { nvme } from "./nvme/model.js";
 
 /** What a model's options are is between its own functions. */
-export const MODELS: readonly DeviceModel<unknown>[] = [nvme, edu];
+export const MODELS: readonly DeviceModel<unknown>[] = [edu, nvme];
 
 export const modelNamed = (name: string): DeviceModel<unknown> | undefined =>
   MODELS.find((model) => model.name === name);

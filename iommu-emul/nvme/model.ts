@@ -35,7 +35,9 @@ const size = z.string().transform((text, context) => {
 
 const schema = z
   .strictObject({
-    file: z.string().min(1, "empty; give the path of a file or of a block device"),
+    file: z
+      .string("missing; give file=PATH, a file or a block device")
+      .min(1, "empty; give the path of a file or of a block device"),
     size: size.optional(),
     readonly: z.enum(["on", "off"], "not on or off").default("off"),
     lba: z.enum(["512", "4096"], "not 512 or 4096").default("512"),

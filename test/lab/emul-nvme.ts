@@ -46,7 +46,7 @@ export function runEmulatedNvmeTests(kernel: KernelSeries): void {
     });
     const vmm = await RunningVmm.start(host, ["--cpus", "2", "--assign", `emul:nvme,file=${DISK}`, image]);
     await vmm.guestSays("ready");
-    await vmm.sh("modprobe pvdma");
+    await vmm.sh("modprobe crc32c_generic; modprobe ext4; modprobe pvdma");
     assert.equal(await loadNvme(vmm), ["/dev/nvme0n1"]);
     return vmm;
   };
@@ -84,7 +84,7 @@ export function runEmulatedNvmeTests(kernel: KernelSeries): void {
       const vmm = await start();
       await vmm.sh("echo ',,L' | sfdisk -q /dev/nvme0n1");
       await vmm.sh(
-        `until [ -b ${PARTITION} ]; do sleep 0.1; done; mkfs.ext4 -q ${PARTITION} && mount ${PARTITION} /mnt`,
+        `until [ -b ${PARTITION} ]; do sleep 0.1; done; mkfs.ext4 -q ${PARTITION} && mount -t ext4 ${PARTITION} /mnt`,
       );
       assert.is(await vmm.sh("file_system psync --ioengine=psync", commandTimeoutMs), "error 0\n");
       assert.is(
@@ -103,7 +103,7 @@ export function runEmulatedNvmeTests(kernel: KernelSeries): void {
     () => host,
     async () => {
       const killed = await start();
-      await killed.sh(`mount ${PARTITION} /mnt`);
+      await killed.sh(`mount -t ext4 ${PARTITION} /mnt`);
       const sealed = await seal(killed);
       await killed.sh(
         "(while true; do file_system busy --ioengine=io_uring --iodepth=32; done > /dev/null 2>&1 &)",
@@ -115,7 +115,7 @@ export function runEmulatedNvmeTests(kernel: KernelSeries): void {
       const vmm = await start();
       // 0 or 1: nothing to mend but what the journal knows.
       await vmm.sh(`fsck.ext4 -p ${PARTITION} > /tmp/fsck 2>&1 || [ $? = 1 ] || { cat /tmp/fsck; false; }`);
-      await vmm.sh(`mount ${PARTITION} /mnt`);
+      await vmm.sh(`mount -t ext4 ${PARTITION} /mnt`);
       assert.is(await vmm.sh("sha256sum < /mnt/sealed"), sealed, "what was synced before the kill");
       await vmm.sh("umount /mnt");
       await fsck(vmm);

@@ -74,12 +74,15 @@ const usage: readonly (readonly [args: string[], message: string])[] = [
     "--assign 02:00.0,constructor=1: unknown key constructor; there are guest, dma, domain",
   ],
   [["--assign", "02:00.0,domain=mine", "a"], "--assign 02:00.0,domain=mine: domain: the only value is own"],
-  [["--assign", "emul:", "a"], "--assign emul:: there is no emul:; emulated are emul:edu"],
+  [["--assign", "emul:", "a"], "--assign emul:: there is no emul:; emulated are emul:edu, emul:nvme"],
   [
     ["--assign", "emul:floppy,x=1", "a"],
-    "--assign emul:floppy,x=1: there is no emul:floppy; emulated are emul:edu",
+    "--assign emul:floppy,x=1: there is no emul:floppy; emulated are emul:edu, emul:nvme",
   ],
-  [["--assign", "emul:edu.1", "a"], "--assign emul:edu.1: there is no emul:edu.1; emulated are emul:edu"],
+  [
+    ["--assign", "emul:edu.1", "a"],
+    "--assign emul:edu.1: there is no emul:edu.1; emulated are emul:edu, emul:nvme",
+  ],
   [["--assign", "emul:edu,mask=1", "a"], "--assign emul:edu,mask=1: unknown key mask; see --help"],
   [
     ["--assign", "emul:edu,guest=40", "a"],
