@@ -150,16 +150,11 @@ export function runEmulatedNvmeTests(kernel: KernelSeries): void {
         Number(later.host_read_commands) >= Number(smart.host_read_commands) + 10,
         "and the reads are counted",
       );
-      for (const command of [
-        "error-log /dev/nvme0",
-        "fw-log /dev/nvme0",
-        "list-ns /dev/nvme0",
-        "list",
-        "show-regs /dev/nvme0",
-      ])
+      // Not show-regs: it wants the registers mapped, which the kernel (IO_STRICT_DEVMEM) refuses while nvme has them.
+      for (const command of ["error-log /dev/nvme0", "fw-log /dev/nvme0", "list-ns /dev/nvme0", "list"])
         await nvme(command);
       for (const feature of [1, 2, 4, 5, 6, 7, 8, 9, 10, 11])
-        await nvme(`get-feature /dev/nvme0 -f ${feature}`);
+        await nvme(`get-feature /dev/nvme0 -f ${feature}${feature === 5 ? " -n 1" : ""}`); // error recovery: a namespace's
       // A command that the controller refuses is in its error log, with the status the guest was told.
       const refused = await vmm.sh("nvme get-log /dev/nvme0 --log-id=0xee --log-len=512 2>&1 || true");
       assert.match(refused, /Invalid Log Page|INVALID_LOG_PAGE|0x4109|0x109/i);
