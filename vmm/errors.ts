@@ -28,6 +28,28 @@ export class SystemError extends Error {
   }
 }
 
+/** A device cannot be had, or not any more. */
+export class DeviceError extends VmmError {
+  constructor(
+    /** As the user names it. */
+    readonly device: string,
+    message: string,
+  ) {
+    super(message);
+  }
+}
+
+/** Does what is done for one device: every expected error becomes a DeviceError whose message names it. */
+export function forDevice<Result>(device: string, action: () => Result): Result {
+  try {
+    return action();
+  } catch (error) {
+    if (!isExpected(error)) throw error;
+    const named = error.message.startsWith(`${device}: `);
+    throw new DeviceError(device, named ? error.message : `${device}: ${error.message}`);
+  }
+}
+
 /** Does `action` and returns true; an expected error goes to `report` instead and gives false. A bug is thrown on. */
 export function attempt(action: () => void, report: (message: string) => void): boolean {
   try {

@@ -25,7 +25,7 @@ import { Console } from "./devices/console.js";
 import { addPowerPorts } from "./devices/power.js";
 import { type BackendHandle, openBackend } from "./dma-backend.js";
 import { checkEmulated, type EmulatedDevice, OpenEmulated, prepareEmulated } from "./emul/assign.js";
-import { attempt, errorMessage, isExpected, VmmError } from "./errors.js";
+import { attempt, DeviceError, errorMessage, forDevice, isExpected, VmmError } from "./errors.js";
 import { createRam, GuestMemory, type RamDescription, ramBytes } from "./guest-memory.js";
 import { ruleOf } from "./inject-spec.js";
 import { KernelLog, loggedFaults } from "./iommu-faults.js";
@@ -185,8 +185,8 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
     };
     addInjections(options.injections, controlled);
     let earlyFaults = 0;
-    for (;;) {
-      const outcome = ending.outcome(await runMachine(guest));
+    for (let lives = 0; ; ) {
+      const outcome = ending.outcome(await live(guest, lives++));
       if (outcome.kind === "signal") {
         warn(`ended by ${outcome.signal}`);
         return { status: 1, atOnce: true };
@@ -270,6 +270,23 @@ function leaveOutGone({ devices, gone }: Guest): void {
     if (!gone.has(name) && !attempt(look, warn)) gone.add(name);
   }
   if (gone.size > 0) warn(`the guest starts again without ${[...gone].join(", ")}`);
+}
+
+/**
+ * One life of the guest. The host may take a device in the very moment in which the guest starts again: it still looks
+ * as if it could be had, but is not opened or not reset any more. Then the start is begun anew without it.
+ */
+async function live(guest: Guest, livesBefore: number): Promise<Outcome> {
+  for (;;) {
+    try {
+      return await runMachine(guest);
+    } catch (error) {
+      if (livesBefore === 0 || !(error instanceof DeviceError)) throw error;
+      warn(error.message);
+      guest.gone.add(error.device as DeviceName);
+      warn(`the guest starts again without ${error.device}`);
+    }
+  }
 }
 
 /** The statistics directory, where there is one, and the control socket in it. */
@@ -379,7 +396,11 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     };
     const hosts = opened.openDevices().map((device, i): WatchedDevice => {
       const { bdf, guestSlot } = assignments[i]!;
-      const watched = plug(bdf, new VfioPciFunction(device, machine, bus.decoder, guestSlot, warn));
+      const pciFunction = forDevice(
+        bdf,
+        () => new VfioPciFunction(device, machine, bus.decoder, guestSlot, warn),
+      );
+      const watched = plug(bdf, pciFunction);
       const events = new DeviceEvents(device);
       cleanup.add(() => events.close());
       const giveBack = () => opened.giveBack(bdf, (group) => vm.removeVfioGroup(group.fd));

@@ -4,7 +4,7 @@
 import { Worker } from "node:worker_threads";
 import type { PciDescription } from "../../iommu-emul/device.js";
 import type { EmulatedName } from "../device-name.js";
-import { VmmError } from "../errors.js";
+import { DeviceError } from "../errors.js";
 import type { IrqSource } from "../pci/msi-vector.js";
 import type { DeviceJob, DeviceMessage } from "./device-thread.js";
 import { COMMAND_CLOSE, COMMAND_RESET, LinkControl } from "./link.js";
@@ -78,7 +78,7 @@ export class HostedDevice implements EmulatedDeviceAccess {
     });
   }
 
-  /** Resolves when the device is there, with its thread at work; rejects with a VmmError when it cannot be had. */
+  /** Resolves when the device is there, with its thread at work; rejects with a DeviceError when it cannot be had. */
   static async start(
     name: EmulatedName,
     number: number,
@@ -95,7 +95,7 @@ export class HostedDevice implements EmulatedDeviceAccess {
     const failure = await ready;
     if (failure === undefined) return device;
     await device.exited;
-    throw new VmmError(`${name}: ${failure}`);
+    throw new DeviceError(name, `${name}: ${failure}`);
   }
 
   /** Why the device is of no use any more, once it is not. */

@@ -2,7 +2,7 @@
 // devices. KVM has to be told of the groups between the last two. A failure closes whatever was open.
 
 import { forEachAnyway } from "../cleanup.js";
-import { VmmError } from "../errors.js";
+import { forDevice, VmmError } from "../errors.js";
 import { assignSlots } from "../pci/slots.js";
 import { VfioContainer, VfioGroup } from "./container.js";
 import type { VfioDevice } from "./device.js";
@@ -58,7 +58,7 @@ export class OpenAssignments {
 
   private constructor(private readonly assignments: readonly Assignment[]) {}
 
-  /** Opens the containers and groups below `dev` (/dev), but no device yet. Throws a VmmError. */
+  /** Opens the containers and groups below `dev` (/dev), but no device yet. Throws a VmmError; a DeviceError for a group. */
   static open(assignments: readonly Assignment[], options: { readonly dev?: string } = {}): OpenAssignments {
     const opened = new OpenAssignments(assignments);
     try {
@@ -66,9 +66,11 @@ export class OpenAssignments {
         if (opened.byNumber.has(number)) continue;
         const container = opened.byLabel.get(domain) ?? VfioContainer.open(options.dev);
         opened.byLabel.set(domain, container);
-        const group = VfioGroup.open(number, bdf, options.dev);
-        opened.byNumber.set(number, group);
-        container.attach(group.fd, bdf);
+        forDevice(bdf, () => {
+          const group = VfioGroup.open(number, bdf, options.dev);
+          opened.byNumber.set(number, group);
+          container.attach(group.fd, bdf);
+        });
       }
       return opened;
     } catch (error) {
@@ -87,10 +89,10 @@ export class OpenAssignments {
     return [...this.byNumber.values()];
   }
 
-  /** Opens the devices, in the order of the assignments. Throws a VmmError; close() then still has to be called. */
+  /** Opens the devices, in the order of the assignments. Throws a DeviceError; close() then still has to be called. */
   openDevices(): readonly VfioDevice[] {
     return this.assignments.map(({ bdf, group }) => {
-      const device = this.byNumber.get(group)!.openDevice(bdf);
+      const device = forDevice(bdf, () => this.byNumber.get(group)!.openDevice(bdf));
       this.devices.set(bdf, device);
       return device;
     });

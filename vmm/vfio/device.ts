@@ -3,7 +3,7 @@
 
 import { closeSync, readSync, writeSync } from "node:fs";
 import type { Hva } from "../../hypercalls/addresses.js";
-import { SystemError } from "../errors.js";
+import { SystemError, VmmError } from "../errors.js";
 import type { Width } from "../io-bus.js";
 import {
   check,
@@ -19,6 +19,8 @@ import { getLe, setLe } from "../pci/config-space.js";
 import { getU64, newStruct } from "../sys/layout.js";
 import { CONSTANT, IOCTL, STRUCT } from "../sys/vfio.js";
 import { capabilities } from "./info-chain.js";
+
+const EAGAIN = 11;
 
 /** A stretch of a region, in bytes from its start. */
 export interface Area {
@@ -148,7 +150,14 @@ export class VfioDevice implements VfioDeviceAccess {
   }
 
   reset(): void {
-    check("VFIO_DEVICE_RESET", ioctl(this.fd, IOCTL.VFIO_DEVICE_RESET, 0));
+    const result = ioctl(this.fd, IOCTL.VFIO_DEVICE_RESET, 0);
+    // The kernel does not wait for the device's lock, which whoever unbinds it holds.
+    if (result === -EAGAIN) {
+      throw new VmmError(
+        `${this.bdf}: cannot be reset: the host is just taking it from vfio-pci; bind it again`,
+      );
+    }
+    check("VFIO_DEVICE_RESET", result);
   }
 
   close(): void {
