@@ -4,7 +4,7 @@
 
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
-import { sized } from "../soak.js";
+import { SOAK, sized } from "../soak.js";
 import { buildGuestImage } from "./guest.js";
 import { must } from "./host.js";
 import { bootL1, type L1 } from "./l1.js";
@@ -28,6 +28,51 @@ const fileSystem = `file_system() {
   awk '/"error" :/ { error += $3 } END { print "error " error }' /tmp/fio
 }
 `;
+
+/** What nvme-cli shows is sane, and it has no complaint. */
+async function askNvmeCli(vmm: RunningVmm): Promise<void> {
+  const nvme = async (command: string): Promise<string> => {
+    const output = await vmm.sh(`nvme ${command} 2> /tmp/err`);
+    assert.is(await vmm.sh("cat /tmp/err"), "", `nvme ${command}`);
+    return output;
+  };
+  const json = async (command: string) =>
+    JSON.parse(await nvme(`${command} -o json`)) as Record<string, unknown>;
+  const controller = await json("id-ctrl /dev/nvme0");
+  assert.is(controller.ver, 0x10400, "NVMe 1.4");
+  assert.is(controller.nn, 1);
+  const namespace = await json("id-ns /dev/nvme0n1");
+  assert.is(namespace.nsze, (DISK_MIB * 2 ** 20) / 512);
+  const smart = await json("smart-log /dev/nvme0");
+  assert.is(smart.critical_warning, 0);
+  assert.ok(Number(smart.host_read_commands) > 0, "the driver has read");
+  await vmm.sh("dd if=/dev/nvme0n1 of=/dev/null bs=64k count=10 iflag=direct 2> /dev/null");
+  const later = await json("smart-log /dev/nvme0");
+  assert.ok(
+    Number(later.host_read_commands) >= Number(smart.host_read_commands) + 10,
+    "and the reads are counted",
+  );
+  // Few entries, since a guest here prints slowly. Not show-regs: it wants the registers mapped, which the kernel
+  // refuses while nvme has them (IO_STRICT_DEVMEM).
+  for (const command of ["error-log /dev/nvme0 -e 4", "fw-log /dev/nvme0", "list-ns /dev/nvme0", "list"])
+    await nvme(command);
+  for (const feature of [1, 2, 4, 5, 6, 7, 8, 9, 10, 11])
+    await nvme(`get-feature /dev/nvme0 -f ${feature}${feature === 5 ? " -n 1" : ""}`); // error recovery: a namespace's
+  // A command that the controller refuses is in its error log, with the status the guest was told.
+  const refused = await vmm.sh("nvme get-log /dev/nvme0 --log-id=0xee --log-len=512 2>&1 || true");
+  assert.match(refused, /Invalid Log Page|INVALID_LOG_PAGE|0x4109|0x109/i);
+  // NVMe 1.4, figure 247: reserved bytes of Identify Controller, which are zero.
+  assert.is(await vmm.sh("nvme id-ctrl /dev/nvme0 -b > /tmp/id; wc -c < /tmp/id"), "4096\n");
+  for (const [first, last] of [
+    [134, 252],
+    [372, 511],
+    [544, 767],
+    [1024, 1791],
+  ] as const) {
+    const others = `tail -c +${first + 1} /tmp/id | head -c ${last - first + 1} | tr -d '\\0' | wc -c`;
+    assert.is(await vmm.sh(others), "0\n", `reserved bytes ${first} to ${last}`);
+  }
+}
 
 export function runEmulatedNvmeTests(kernel: KernelSeries): void {
   const test = suite(`emul-nvme-${kernel}`);
@@ -77,7 +122,7 @@ export function runEmulatedNvmeTests(kernel: KernelSeries): void {
 
   labTest(
     test,
-    `a ${kernel} guest partitions, formats, verifies, and leaves a clean file system`,
+    `a ${kernel} guest partitions, formats, verifies, and leaves a clean file system; nvme-cli has no complaint`,
     () => host,
     async () => {
       await must(host, `rm -f ${DISK}; truncate -s ${DISK_MIB}M ${DISK}; ! ls /dev/vfio/[0-9]*`);
@@ -93,91 +138,41 @@ export function runEmulatedNvmeTests(kernel: KernelSeries): void {
       );
       await vmm.sh("rm /mnt/psync* /mnt/uring* && fstrim /mnt && umount /mnt");
       await fsck(vmm);
+      await askNvmeCli(vmm);
       await finish(vmm);
     },
   );
 
-  labTest(
-    test,
-    `a ${kernel} guest whose VMM is killed in the middle of I/O loses nothing that was synced`,
-    () => host,
-    async () => {
-      const killed = await start();
-      await killed.sh(`mount -t ext4 ${PARTITION} /mnt`);
-      const sealed = await seal(killed);
-      await killed.sh(
-        "(while true; do file_system busy --ioengine=io_uring --iodepth=32; done > /dev/null 2>&1 &)",
-      );
-      await killed.sh("until [ $(cat /sys/block/nvme0n1/inflight | awk '{ print $2 }') -ge 8 ]; do :; done");
-      killed.process.kill("SIGKILL");
-      await killed.process.exited;
-
-      const vmm = await start();
-      // 0 or 1: nothing to mend but what the journal knows.
-      await vmm.sh(`fsck.ext4 -p ${PARTITION} > /tmp/fsck 2>&1 || [ $? = 1 ] || { cat /tmp/fsck; false; }`);
-      await vmm.sh(`mount -t ext4 ${PARTITION} /mnt`);
-      assert.is(await vmm.sh("sha256sum < /mnt/sealed"), sealed, "what was synced before the kill");
-      await vmm.sh("umount /mnt");
-      await fsck(vmm);
-      await finish(vmm);
-    },
-  );
-
-  labTest(
-    test,
-    `nvme-cli in a ${kernel} guest has no complaint`,
-    () => host,
-    async () => {
-      const vmm = await start();
-      const nvme = async (command: string): Promise<string> => {
-        const output = await vmm.sh(`nvme ${command} 2> /tmp/err`);
-        assert.is(await vmm.sh("cat /tmp/err"), "", `nvme ${command}`);
-        return output;
-      };
-      const json = async (command: string) =>
-        JSON.parse(await nvme(`${command} -o json`)) as Record<string, unknown>;
-      const controller = await json("id-ctrl /dev/nvme0");
-      assert.is(controller.ver, 0x10400, "NVMe 1.4");
-      assert.is(controller.nn, 1);
-      const namespace = await json("id-ns /dev/nvme0n1");
-      assert.is(namespace.nsze, (DISK_MIB * 2 ** 20) / 512);
-      const smart = await json("smart-log /dev/nvme0");
-      assert.is(smart.critical_warning, 0);
-      assert.ok(Number(smart.host_read_commands) > 0, "the driver has read");
-      await vmm.sh("dd if=/dev/nvme0n1 of=/dev/null bs=64k count=10 iflag=direct 2> /dev/null");
-      const later = await json("smart-log /dev/nvme0");
-      assert.ok(
-        Number(later.host_read_commands) >= Number(smart.host_read_commands) + 10,
-        "and the reads are counted",
-      );
-      // Few entries, since a guest here prints slowly. Not show-regs: it wants the registers mapped, which the kernel (IO_STRICT_DEVMEM) refuses while nvme has them.
-      for (const command of ["error-log /dev/nvme0 -e 4", "fw-log /dev/nvme0", "list-ns /dev/nvme0", "list"])
-        await nvme(command);
-      for (const feature of [1, 2, 4, 5, 6, 7, 8, 9, 10, 11])
-        await nvme(`get-feature /dev/nvme0 -f ${feature}${feature === 5 ? " -n 1" : ""}`); // error recovery: a namespace's
-      // A command that the controller refuses is in its error log, with the status the guest was told.
-      const refused = await vmm.sh("nvme get-log /dev/nvme0 --log-id=0xee --log-len=512 2>&1 || true");
-      assert.match(refused, /Invalid Log Page|INVALID_LOG_PAGE|0x4109|0x109/i);
-      // NVMe 1.4, figure 247: reserved bytes of Identify Controller, which are zero.
-      const identify = Buffer.from(
-        (await vmm.sh("nvme id-ctrl /dev/nvme0 -b | od -An -v -tx1")).replace(/\s/g, ""),
-        "hex",
-      );
-      assert.is(identify.length, 4096);
-      for (const [first, last] of [
-        [134, 252],
-        [372, 511],
-        [544, 767],
-        [1024, 1791],
-      ] as const)
-        assert.ok(
-          identify.subarray(first, last + 1).every((byte) => byte === 0),
-          `reserved bytes ${first} to ${last}`,
+  // The guest's kernel makes no difference to that; the soak does it with both.
+  if (SOAK || kernel === "6.12") {
+    labTest(
+      test,
+      `a ${kernel} guest whose VMM is killed in the middle of I/O loses nothing that was synced`,
+      () => host,
+      async () => {
+        const killed = await start();
+        await killed.sh(`mount -t ext4 ${PARTITION} /mnt`);
+        const sealed = await seal(killed);
+        await killed.sh(
+          "(while true; do file_system busy --ioengine=io_uring --iodepth=32; done > /dev/null 2>&1 &)",
         );
-      await assertNoComplaints(vmm);
-      await endDriven(vmm);
-    },
-  );
+        await killed.sh(
+          "until [ $(cat /sys/block/nvme0n1/inflight | awk '{ print $2 }') -ge 8 ]; do :; done",
+        );
+        killed.process.kill("SIGKILL");
+        await killed.process.exited;
+
+        const vmm = await start();
+        // 0 or 1: nothing to mend but what the journal knows.
+        await vmm.sh(`fsck.ext4 -p ${PARTITION} > /tmp/fsck 2>&1 || [ $? = 1 ] || { cat /tmp/fsck; false; }`);
+        await vmm.sh(`mount -t ext4 ${PARTITION} /mnt`);
+        assert.is(await vmm.sh("sha256sum < /mnt/sealed"), sealed, "what was synced before the kill");
+        await vmm.sh("umount /mnt");
+        await fsck(vmm);
+        await finish(vmm);
+      },
+    );
+  }
 
   test.run();
 }
