@@ -21,7 +21,7 @@ async function fullImage(kernel: KernelSeries): Promise<string> {
 
 /** Runs the tests for one guest kernel, with 1 and with 4 vCPUs. */
 export function runAssignTests(kernel: KernelSeries): void {
-  const lab = new LabSuite(`assign-${kernel}`, { diskBytes: 8 * MiB });
+  const lab = new LabSuite(`assign-${kernel}`, { diskBytes: 16 * MiB });
   for (const cpus of [1, 4]) {
     lab.test(
       `a ${kernel} guest with ${cpus} vCPUs reads and writes the whole disk, under 64 MiB locked`,

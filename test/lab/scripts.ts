@@ -57,8 +57,7 @@ bind() {
 }
 unbind() { [ ! -e /sys/bus/pci/devices/$1/driver ] || echo $1 > /sys/bus/pci/devices/$1/driver/unbind; }
 complaints() {
-  dmesg | grep -E 'BUG|WARNING|Oops|Call Trace|protection fault|blocked for more than|soft lockup|stall|I/O error|timeout|DMA-API' |
-    grep -v 'Shutdown timeout set to' # how long nvme will wait, if it comes to that
+  dmesg | grep -E 'BUG|WARNING|Oops|Call Trace|protection fault|blocked for more than|soft lockup|stall|I/O error|timeout|DMA-API'
   return 0
 }
 echo 60 > /proc/sys/kernel/hung_task_timeout_secs
