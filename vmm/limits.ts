@@ -27,13 +27,21 @@ function hasIpcLock(): boolean {
 
 /** What there is for one device, all of it together. */
 export interface DmaRoom {
-  /** Mappings that its IOMMU domain takes at a time. */
+  /** Mappings that its IOMMU domain takes at a time, and what to raise for more. */
   readonly entries: number;
+  readonly raiseEntries: string;
   /** Bytes: its own quota, the VM's, and what the process may lock; 0 for no limit. */
   readonly quotaBytes: number;
   readonly vmQuotaBytes: number;
   readonly lockableBytes: number;
+  readonly raiseLockable: string;
 }
+
+/** Where the limits of a device's IOMMU come from, in words: what to raise. */
+export const RAISE = {
+  vfio: { raiseEntries: "dma_entry_limit of vfio_iommu_type1", raiseLockable: "raise it (ulimit -l)" },
+  emulated: { raiseEntries: "entries= of --emul-iommu", raiseLockable: "raise locked= of --emul-iommu" },
+} as const;
 
 /**
  * What says, in a line each, that a device's driver will hardly probe, and what to raise. Measured with NVMe on Linux
@@ -46,13 +54,13 @@ export function smallRoom(room: DmaRoom, cpus: number): string[] {
   const limits = [
     { has: room.quotaBytes, what: "its --dma-limit", raise: "raise it" },
     { has: room.vmQuotaBytes, what: "the --dma-limit of the VM", raise: "raise it" },
-    { has: room.lockableBytes, what: "the limit of locked memory", raise: "raise it (ulimit -l)" },
+    { has: room.lockableBytes, what: "the limit of locked memory", raise: room.raiseLockable },
   ].filter(({ has }) => has > 0 && has < bytes);
   return [
     ...(room.entries < entries
       ? [
           `its IOMMU domain takes ${room.entries} mappings at a time, too few for most drivers to probe; ` +
-            "raise dma_entry_limit of vfio_iommu_type1",
+            `raise ${room.raiseEntries}`,
         ]
       : []),
     ...limits.map(

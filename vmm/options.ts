@@ -49,6 +49,14 @@ export interface EmulatedAssignment extends AnyAssignment {
 
 export type Assignment = VfioAssignment | EmulatedAssignment;
 
+/** Limits of the IOMMU behind emulated devices, of each of its domains; those left out are its own. */
+export interface SoftIommuLimits {
+  /** Most mappings at a time. */
+  readonly entries?: number;
+  /** Most bytes that are mapped at a time, a page once for each mapping it is in. */
+  readonly lockedBytes?: number;
+}
+
 export interface Options {
   readonly image?: string;
   readonly kernel?: string;
@@ -59,6 +67,7 @@ export interface Options {
   readonly assignments: readonly Assignment[];
   /** Most guest memory that may be pinned for all devices, in bytes; 0: no limit. */
   readonly limitBytes: number;
+  readonly softIommu: SoftIommuLimits;
   readonly injections: readonly InjectSpec[];
   readonly stats: boolean;
   readonly statsDir?: string;
@@ -111,6 +120,12 @@ ${modelsHelp()}
                        most guest memory that may be pinned for DMA at a time, for the whole VM or for one assigned
                        device; repeatable. A multiple of 4K; a plain number is bytes. A map that does not fit is
                        refused, and the guest's driver is told so: it waits until others are unmapped.
+  --emul-iommu KEY=VALUE[,KEY=VALUE…]
+                       limits of the IOMMU behind emulated devices, for each of its domains, as a host may have them:
+                         entries=N    most mappings at a time (default 65535), like dma_entry_limit of
+                                      vfio_iommu_type1
+                         locked=SIZE  most memory that is mapped at a time (default: no limit), like the limit of
+                                      locked memory (ulimit -l); a multiple of 4K, a plain number is bytes
 
 Failures on demand, for testing how drivers take them:
   --inject CALL[,KEY=VALUE…]
@@ -181,6 +196,11 @@ const dmaLimit = size(1)
   .refine((bytes) => bytes >= PAGE_BYTES, "too small; it takes at least a page, 4K")
   .refine((bytes) => bytes % PAGE_BYTES === 0, "not a whole number of pages of 4K")
   .refine(Number.isSafeInteger, "too large");
+
+const softIommuKeys = z.strictObject({
+  entries: wholeNumber(1, 2 ** 20).optional(),
+  locked: dmaLimit.optional(),
+});
 
 type Unlimited<A> = A extends Assignment ? Omit<A, "limitBytes"> : never;
 /** An assignment of which the limit is not known yet. */
@@ -276,6 +296,25 @@ function parseDmaLimits(
   return limits;
 }
 
+function parseSoftIommu(text: string | undefined, assignments: readonly ParsedAssignment[]): SoftIommuLimits {
+  if (text === undefined) return {};
+  const { entries, locked } = checkedPairs(softIommuKeys, "--emul-iommu", text, text.split(","));
+  const behind = assignments.filter(({ kind }) => kind === "emulated");
+  if (behind.length === 0) {
+    throw new UsageError(`--emul-iommu ${text}: no emulated device is assigned; add --assign emul:MODEL`);
+  }
+  const pinned = behind.find((each) => each.policy === "pinned");
+  if (pinned !== undefined) {
+    throw new UsageError(
+      `--emul-iommu ${text}: ${pinned.name} has the policy pinned, for which all of RAM is mapped; use --dma strict`,
+    );
+  }
+  return {
+    ...(entries === undefined ? {} : { entries }),
+    ...(locked === undefined ? {} : { lockedBytes: locked }),
+  };
+}
+
 function parseInjections(texts: readonly string[], assigned: readonly DeviceName[]): InjectSpec[] {
   if (texts.length > INJECTION_RULES_MAX) {
     throw new UsageError(`--inject: ${texts.length} rules, at most ${INJECTION_RULES_MAX} can be given`);
@@ -350,6 +389,7 @@ export function parseCommandLine(args: readonly string[]): Command {
       memoryBytes,
       assignments: assignments.map((each, i) => ({ ...each, limitBytes: limits.get(i) ?? 0 })),
       limitBytes: limits.get(-1) ?? 0,
+      softIommu: parseSoftIommu(values["emul-iommu"], assignments),
       injections: parseInjections(
         values.inject,
         assignments.map(({ name }) => name),
@@ -369,6 +409,7 @@ const parse = (args: readonly string[]) =>
       assign: { type: "string", multiple: true, default: [] },
       dma: { type: "string", default: "strict" },
       "dma-limit": { type: "string", multiple: true, default: [] },
+      "emul-iommu": { type: "string" },
       inject: { type: "string", multiple: true, default: [] },
       tell: { type: "string" },
       cpus: { type: "string", default: "1" },

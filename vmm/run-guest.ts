@@ -30,7 +30,7 @@ import { createRam, GuestMemory, type RamDescription, ramBytes } from "./guest-m
 import { ruleOf } from "./inject-spec.js";
 import { KernelLog, loggedFaults } from "./iommu-faults.js";
 import { Kvm } from "./kvm.js";
-import { lockableBytes, smallRoom } from "./limits.js";
+import { lockableBytes, RAISE, smallRoom } from "./limits.js";
 import { KICK_SIGNAL, Machine, type Outcome } from "./machine.js";
 import { errnoName, lockedMemoryLimitBytes, raiseOpenFilesLimit } from "./native/libc.js";
 import type { Options } from "./options.js";
@@ -352,6 +352,7 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     const emulated = OpenEmulated.open(
       devices.flatMap(({ behind }) => (behind.kind === "emulated" ? [behind.device] : [])),
       ram,
+      options.softIommu,
       facts,
     );
     cleanup.add(() => emulated.close());
@@ -498,20 +499,32 @@ function engineConfig(guest: Guest, open: readonly OpenDomain[]): EngineConfig {
       };
     }),
     quotaBytes: guest.options.limitBytes,
-    // The software IOMMU locks nothing.
-    lockableBytes: guest.devices.some(({ behind }) => behind.kind === "vfio") ? lockableBytes() : 0,
+    lockableBytes: leastLockable(guest),
     lanes: guest.options.cpus + 1,
   };
 }
 
+/** What one device's IOMMU lets be locked, in bytes; 0 for no limit. The software IOMMU locks nothing by itself. */
+const lockableFor = ({ behind }: AssignedDevice, { softIommu }: Options): number =>
+  behind.kind === "vfio" ? lockableBytes() : (softIommu.lockedBytes ?? 0);
+
+/** What every device may count on: drivers are told to ask for no more at a time. */
+function leastLockable({ devices, options }: Guest): number {
+  const limits = devices.map((device) => lockableFor(device, options)).filter((bytes) => bytes > 0);
+  return limits.length > 0 ? Math.min(...limits) : 0;
+}
+
 /** Says, once, which devices have so little room for mappings that their drivers will hardly probe. */
-function warnOfSmallRoom(guest: Guest, { devices, domains, quotaBytes, lockableBytes }: EngineConfig): void {
-  for (const { name, domain, quotaBytes: own } of devices) {
+function warnOfSmallRoom(guest: Guest, { devices, domains, quotaBytes: vmQuotaBytes }: EngineConfig): void {
+  for (const [i, { domain, quotaBytes }] of devices.entries()) {
+    const device = guest.devices[i]!;
     const { kind, limits } = domains[domain]!;
-    if (kind !== "translated" || guest.warned.has(name)) continue;
-    guest.warned.add(name);
-    const room = { entries: limits.entries, quotaBytes: own, vmQuotaBytes: quotaBytes, lockableBytes };
-    for (const line of smallRoom(room, guest.options.cpus)) warn(`${name}: ${line}`);
+    if (kind !== "translated" || guest.warned.has(device.name)) continue;
+    guest.warned.add(device.name);
+    const lockable = lockableFor(device, guest.options);
+    const { entries } = limits;
+    const room = { entries, quotaBytes, vmQuotaBytes, lockableBytes: lockable, ...RAISE[device.behind.kind] };
+    for (const line of smallRoom(room, guest.options.cpus)) warn(`${device.name}: ${line}`);
   }
 }
 

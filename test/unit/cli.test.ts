@@ -8,7 +8,7 @@ import { join } from "node:path";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { parseInjectSpec } from "../../vmm/inject-spec.js";
-import { smallRoom } from "../../vmm/limits.js";
+import { RAISE, smallRoom } from "../../vmm/limits.js";
 import { parseCommandLine } from "../../vmm/options.js";
 import { repoRoot } from "../lab/cache.js";
 
@@ -132,6 +132,26 @@ const usage: readonly (readonly [args: string[], message: string])[] = [
     ["--assign", "02:00.0,dma=pinned", "--dma-limit", "1M", "a"],
     "--dma-limit 1M: too small for 0000:02:00.0, whose policy pinned pins all 512M of RAM; raise it or use --dma strict",
   ],
+  [
+    ["--emul-iommu", "entries=30", "a"],
+    "--emul-iommu entries=30: no emulated device is assigned; add --assign emul:MODEL",
+  ],
+  [
+    ["--assign", "emul:edu", "--emul-iommu", "entries=0", "a"],
+    "--emul-iommu entries=0: entries: not a whole number from 1 to 1048576",
+  ],
+  [
+    ["--assign", "emul:edu", "--emul-iommu", "locked=6K", "a"],
+    "--emul-iommu locked=6K: locked: not a whole number of pages of 4K",
+  ],
+  [
+    ["--assign", "emul:edu", "--emul-iommu", "tables=3", "a"],
+    "--emul-iommu tables=3: unknown key tables; there are entries, locked",
+  ],
+  [
+    ["--assign", "emul:edu,dma=pinned", "--emul-iommu", "entries=30", "a"],
+    "--emul-iommu entries=30: emul:edu has the policy pinned, for which all of RAM is mapped; use --dma strict",
+  ],
   [["--inject", "map,p=2", "a"], "--inject map,p=2: p: not a number above 0, up to 1"],
   [
     ["--inject", "map,device=02:00.0", "a"],
@@ -229,16 +249,30 @@ test("limits and failures become what they say", () => {
 });
 
 test("room that is too small for a driver is told, with what to raise", () => {
-  const enough = { entries: 10, quotaBytes: 2 ** 17, vmQuotaBytes: 2 ** 17, lockableBytes: 2 ** 17 };
+  const limits = { entries: 10, quotaBytes: 2 ** 17, vmQuotaBytes: 2 ** 17, lockableBytes: 2 ** 17 };
+  const enough = { ...limits, ...RAISE.vfio };
   assert.equal(smallRoom(enough, 1), []);
-  assert.equal(smallRoom({ entries: 65535, quotaBytes: 0, vmQuotaBytes: 0, lockableBytes: 0 }, 16), []);
-  assert.equal(smallRoom({ entries: 9, quotaBytes: 65536, vmQuotaBytes: 98304, lockableBytes: 4096 }, 1), [
+  const none = { entries: 65535, quotaBytes: 0, vmQuotaBytes: 0, lockableBytes: 0 };
+  assert.equal(smallRoom({ ...none, ...RAISE.vfio }, 16), []);
+  const little = { entries: 9, quotaBytes: 65536, vmQuotaBytes: 98304, lockableBytes: 4096 };
+  assert.equal(smallRoom({ ...little, ...RAISE.vfio }, 1), [
     "its IOMMU domain takes 9 mappings at a time, too few for most drivers to probe; raise dma_entry_limit of vfio_iommu_type1",
     "its --dma-limit is 64K, too little for most drivers to probe; raise it",
     "the --dma-limit of the VM is 96K, too little for most drivers to probe; raise it",
     "the limit of locked memory is 4K, too little for most drivers to probe; raise it (ulimit -l)",
   ]);
   assert.is(smallRoom(enough, 4).length, 4, "more vCPUs, more queues");
+  const emulated = smallRoom({ ...none, entries: 9, lockableBytes: 4096, ...RAISE.emulated }, 1);
+  assert.equal(emulated, [
+    "its IOMMU domain takes 9 mappings at a time, too few for most drivers to probe; raise entries= of --emul-iommu",
+    "the limit of locked memory is 4K, too little for most drivers to probe; raise locked= of --emul-iommu",
+  ]);
+});
+
+test("limits of the software IOMMU", () => {
+  const parsed = parseCommandLine("--assign emul:edu --emul-iommu entries=30,locked=1M a".split(" "));
+  assert.ok("run" in parsed);
+  assert.equal(parsed.run.softIommu, { entries: 30, lockedBytes: 2 ** 20 });
 });
 
 test("options become what they say", () => {
@@ -265,6 +299,7 @@ test("options become what they say", () => {
         { kind: "vfio", name: "0000:03:00.0", policy: "pinned", ownDomain: true, limitBytes: 0 },
       ],
       limitBytes: 0,
+      softIommu: {},
       injections: [],
       stats: true,
       reboot: false,

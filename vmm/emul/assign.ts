@@ -9,6 +9,7 @@ import type { BackendHandle } from "../dma-backend.js";
 import { errorMessage, VmmError } from "../errors.js";
 import type { RamDescription } from "../guest-memory.js";
 import type { Fault, FaultSource } from "../iommu-faults.js";
+import type { SoftIommuLimits } from "../options.js";
 import { HostedDevice } from "./hosted-device.js";
 import { SoftDomain } from "./iommu.js";
 import { createLink, type LinkState } from "./link.js";
@@ -75,13 +76,18 @@ export class OpenEmulated implements FaultSource {
   private constructor() {}
 
   /** Makes the IOMMU domains over guest RAM, with nothing mapped, but starts no device yet. */
-  static open(devices: readonly EmulatedDevice[], ram: RamDescription, machine: MachineFacts): OpenEmulated {
+  static open(
+    devices: readonly EmulatedDevice[],
+    ram: RamDescription,
+    limits: SoftIommuLimits,
+    machine: MachineFacts,
+  ): OpenEmulated {
     const opened = new OpenEmulated();
     for (const device of devices) {
       const { domain: label, description } = device;
       if (!opened.byLabel.has(label)) {
         const names = devices.filter((each) => each.domain === label).map(({ name }) => name);
-        opened.byLabel.set(label, SoftDomain.create(ram, names));
+        opened.byLabel.set(label, SoftDomain.create(ram, names, limits));
       }
       const domain = opened.byLabel.get(label)!;
       const lane = domain.names.indexOf(device.name);

@@ -9,6 +9,7 @@ import { SoftIommu } from "../../iommu-emul/iommu.js";
 import type { RamDescription } from "../guest-memory.js";
 import type { Fault } from "../iommu-faults.js";
 import { memoryWindow } from "../native/memory-window.js";
+import type { SoftIommuLimits } from "../options.js";
 import type { DmaSwitch } from "./hosted-device.js";
 
 /** A device's place in its IOMMU; what its thread is given. */
@@ -53,9 +54,16 @@ export class SoftDomain {
   }
 
   /** A domain over guest RAM for these devices, with nothing mapped. */
-  static create(ram: RamDescription, names: readonly string[]): SoftDomain {
+  static create(ram: RamDescription, names: readonly string[], limits: SoftIommuLimits): SoftDomain {
     const memory = ram.slots.map(({ hva, bytes }) => ({ hva, bytes }));
-    return new SoftDomain(SoftIommu.create({ memory, lanes: names.length }), names);
+    const { entries, lockedBytes: lockedBytesMax } = limits;
+    const config = {
+      memory,
+      lanes: names.length,
+      ...(entries === undefined ? {} : { entries }),
+      ...(lockedBytesMax === undefined ? {} : { lockedBytesMax }),
+    };
+    return new SoftDomain(SoftIommu.create(config), names);
   }
 
   get limits(): BackendLimits {
