@@ -5,18 +5,9 @@ import * as assert from "uvu/assert";
 import { SOAK, sized } from "../soak.js";
 import { must } from "./host.js";
 import { QemuBeside } from "./qemu.js";
-import {
-  assertNoComplaints,
-  assertNothingLeft,
-  type DrivenGuest,
-  endDriven,
-  guestHash,
-  loadNvme,
-  startDriven,
-  verify,
-} from "./recovery.js";
+import { assignedDisk, DEEP_QUEUE, type DrivenGuest, recoversFromLimits } from "./recovery.js";
 import { PRELUDE } from "./scripts.js";
-import { assertViewsAgree, LabSuite, MiB } from "./support.js";
+import { LabSuite, MiB } from "./support.js";
 
 /** Read when a container is opened, so it holds for a VMM that starts after it was set. */
 const ENTRY_LIMIT = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
@@ -34,33 +25,8 @@ async function withEntryLimit(limit: number, body: () => Promise<void>): Promise
   }
 }
 
-/** Reads the whole disk, writes and verifies, and reads again; at a queue depth that the host cannot map all of. */
-async function recovers(guest: DrivenGuest, fioOptions: string): Promise<void> {
-  const vmm = await startDriven(lab.host, [lab.bdf], guest);
-  const [disk] = await loadNvme(vmm);
-  const hash = await guestHash(vmm, disk!);
-  await lab.checkHash(hash);
-
-  const begun = Date.now();
-  const ios = await verify(vmm, disk!, `--iodepth=128 --iodepth_batch=64 ${fioOptions}`);
-  const seconds = (Date.now() - begun) / 1000;
-  const rehash = await guestHash(vmm, disk!);
-  assert.is.not(rehash, hash, "fio changed the disk");
-  await lab.checkHash(rehash);
-
-  const { host, guest: inGuest } = await assertViewsAgree(vmm);
-  const told = [...inGuest].find(([path]) => path.endsWith("/errors/limit"))![1];
-  assert.ok(told > 0, "the guest counted errors");
-  assert.is(host.get("dma/limit_hits"), told, "the host counted the same");
-  assert.is(host.get("hypercalls/map/errors")! + host.get("hypercalls/map_list/errors")!, told);
-  await assertNoComplaints(vmm);
-  await assertNothingLeft(vmm);
-  await endDriven(vmm);
-  console.log(
-    `    the whole disk is right; ${ios} I/Os verified in ${seconds.toFixed(1)} s; ` +
-      `${told} of ${inGuest.get("hypercall_map")} maps failed, and the driver was told of each`,
-  );
-}
+const recovers = (guest: DrivenGuest, fioOptions: string) =>
+  recoversFromLimits(assignedDisk(lab), guest, `${DEEP_QUEUE} ${fioOptions}`);
 
 for (const limit of ENTRY_LIMITS) {
   for (const cpus of SOAK ? [1, 4] : [limit === 90 ? 4 : 1]) {

@@ -1,13 +1,54 @@
-// What the tests of recovery share: a guest that drives the device and is told on its console what to do, and the
-// questions that are asked in the end: was a byte wrong, did the kernel complain, do host and guest agree.
+// What the tests of recovery share: a disk that is assigned or emulated, a guest that drives it and is told on its console
+// what to do, what is done to it, and the questions that are asked in the end: was a byte wrong, did the kernel complain,
+// do host and guest agree.
 
 import * as assert from "uvu/assert";
 import { SOAK } from "../soak.js";
 import { buildGuestImage } from "./guest.js";
-import type { Host } from "./host.js";
+import { type Host, must } from "./host.js";
 import type { KernelSeries } from "./packages.js";
 import { CONSOLE } from "./scripts.js";
-import { assertViewsAgree, RunningVmm } from "./support.js";
+import { assertViewsAgree, type LabSuite, RunningVmm } from "./support.js";
+
+/** A disk whose driver is tested. */
+export interface TestedDisk {
+  readonly host: Host;
+  /** What --assign is given. */
+  readonly assign: string;
+  /** What the VMM calls it. */
+  readonly name: string;
+  /** SHA-256 of what it holds; undefined where guests alone can read it. */
+  hash(): Promise<string | undefined>;
+}
+
+/** The assigned controller of a suite. */
+export const assignedDisk = (lab: LabSuite): TestedDisk => ({
+  host: lab.host,
+  assign: lab.bdf,
+  name: lab.bdf,
+  hash: () => lab.diskHash(),
+});
+
+/** Disks of random content that the VMM emulates, over files in the host's memory. */
+export function emulatedDisks(host: Host, ...bytes: number[]): Promise<TestedDisk[]> {
+  const disks = bytes.map(async (size, i): Promise<TestedDisk> => {
+    const file = `/tmp/emulated${i}.raw`;
+    await must(host, `head -c ${size} /dev/urandom > ${file}`, { timeoutMs: 300_000 });
+    return {
+      host,
+      assign: `emul:nvme,file=${file}`,
+      name: i === 0 ? "emul:nvme" : `emul:nvme.${i}`,
+      hash: async () => (await must(host, `sha256sum ${file}`, { timeoutMs: 300_000 })).split(" ")[0],
+    };
+  });
+  return Promise.all(disks);
+}
+
+/** Asserts that a guest that read the whole disk read what it holds. */
+export async function checkHash(disk: TestedDisk, read: string): Promise<void> {
+  const content = await disk.hash();
+  if (content !== undefined) assert.is(read, content, "the guest read what the disk holds");
+}
 
 /** For one command of the guest: in the soak it may write and verify for long. */
 export const commandTimeoutMs = (SOAK ? 60 : 5) * 60_000;
@@ -22,11 +63,11 @@ export interface DrivenGuest {
 /** Starts a guest with the script CONSOLE and these devices, and waits until it takes commands; pvdma is loaded. */
 export async function startDriven(
   host: Host,
-  bdfs: readonly string[],
+  devices: readonly string[],
   { kernel = "6.12", args = [], around }: DrivenGuest = {},
 ): Promise<RunningVmm> {
   const image = await buildGuestImage({ kernel, script: CONSOLE, tools: ["fio"] });
-  const assign = bdfs.flatMap((bdf) => ["--assign", bdf]);
+  const assign = devices.flatMap((device) => ["--assign", device]);
   const vmm = await RunningVmm.start(host, [...assign, ...args, image], around);
   await vmm.guestSays("ready");
   await vmm.sh("modprobe pvdma");
@@ -77,3 +118,42 @@ export async function endDriven(vmm: RunningVmm): Promise<void> {
   assert.is(script, 0, "the script's exit status");
   assert.is(status, 0, "the VMM's exit status");
 }
+
+/**
+ * A guest whose host has room for less than what its driver would like to have mapped: it reads the whole disk, writes and
+ * verifies, with these options of fio's, and reads again. The driver is told of every map that fails, and not a byte is
+ * wrong.
+ */
+export async function recoversFromLimits(
+  disk: TestedDisk,
+  guest: DrivenGuest,
+  fioOptions: string,
+): Promise<void> {
+  const vmm = await startDriven(disk.host, [disk.assign], guest);
+  const [path] = await loadNvme(vmm);
+  const hash = await guestHash(vmm, path!);
+  await checkHash(disk, hash);
+
+  const begun = Date.now();
+  const ios = await verify(vmm, path!, fioOptions);
+  const seconds = (Date.now() - begun) / 1000;
+  const rehash = await guestHash(vmm, path!);
+  assert.is.not(rehash, hash, "fio changed the disk");
+  await checkHash(disk, rehash);
+
+  const { host, guest: inGuest } = await assertViewsAgree(vmm);
+  const told = [...inGuest].find(([name]) => name.endsWith("/errors/limit"))![1];
+  assert.ok(told > 0, "the guest counted errors");
+  assert.is(host.get("dma/limit_hits"), told, "the host counted the same");
+  assert.is(host.get("hypercalls/map/errors")! + host.get("hypercalls/map_list/errors")!, told);
+  await assertNoComplaints(vmm);
+  await assertNothingLeft(vmm);
+  await endDriven(vmm);
+  console.log(
+    `    the whole disk is right; ${ios} I/Os verified in ${seconds.toFixed(1)} s; ` +
+      `${told} of ${inGuest.get("hypercall_map")} maps failed, and the driver was told of each`,
+  );
+}
+
+/** A queue so deep, filled in batches so large, that a host with few mappings never has enough. */
+export const DEEP_QUEUE = "--iodepth=128 --iodepth_batch=64";

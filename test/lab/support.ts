@@ -160,9 +160,16 @@ export class RunningVmm {
   }
 }
 
-/** The devices that a VMM's arguments assign, on the guest's bus in their order: no test asks for a slot of its own. */
+/**
+ * The devices that a VMM's arguments assign, on the guest's bus in their order: no test asks for a slot of its own. The
+ * second emulated device of a model has a number in its name.
+ */
 function devicesOf(args: readonly string[]): Map<string, string> {
-  const assigned = args.filter((_, i) => args[i - 1] === "--assign").map((text) => text.split(",")[0]!);
+  const devices = args.filter((_, i) => args[i - 1] === "--assign").map((text) => text.split(",")[0]!);
+  const assigned = devices.map((name, i) => {
+    const before = devices.slice(0, i).filter((other) => other === name).length;
+    return before === 0 ? name : `${name}.${before}`;
+  });
   return new Map(assigned.map((name, i) => [`0000:00:${(i + 1).toString(16).padStart(2, "0")}.0`, name]));
 }
 
