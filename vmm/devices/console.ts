@@ -8,17 +8,24 @@ import type { Serial } from "./serial.js";
 const CTRL_A = 0x01;
 const LEAVE = new Set(["x", "X"].map((key) => key.charCodeAt(0)));
 
+/**
+ * How long output waits for more of it, in milliseconds: nobody sees it, and a guest that prints does not wake this thread,
+ * and whoever reads behind it, for every byte. A line of 115200 baud carries 115 bytes in that time.
+ */
+const GATHER_MS = 10;
+
 export class Console {
   private afterEscape = false;
   /** Typed bytes that did not fit the serial port's queue; offered again when the guest has taken some. */
   private waiting: Buffer = Buffer.alloc(0);
   private blocked = false;
   private serial: Serial | undefined;
+  private timer: NodeJS.Timeout | undefined;
   private readonly onData = (typed: Buffer) => this.typed(typed);
   /** There is room again, or nobody reads any more. */
   private readonly onDrain = () => {
     this.blocked = false;
-    this.pump();
+    this.carry();
   };
 
   /** `leave` is called when Ctrl-A X was typed. */
@@ -39,7 +46,7 @@ export class Console {
   /** Carries what is left to the terminal and gives it back. */
   detach(): void {
     this.blocked = false;
-    this.pump();
+    this.carry();
     this.serial = undefined;
     this.waiting = Buffer.alloc(0);
     this.input.off("data", this.onData).pause();
@@ -47,8 +54,15 @@ export class Console {
     if (this.input.isTTY) this.input.setRawMode?.(false);
   }
 
-  /** The guest wrote, or took input: carries on, but takes nothing while the terminal is behind; the guest waits in time. */
+  /** The guest wrote, or took input. */
   pump(): void {
+    this.timer ??= setTimeout(() => this.carry(), GATHER_MS);
+  }
+
+  /** Carries on, but takes nothing while the terminal is behind; the guest waits in time. */
+  private carry(): void {
+    clearTimeout(this.timer);
+    this.timer = undefined;
     // Output that nobody reads any more (`vmm … | head`) is dropped: the guest goes on.
     if (this.waiting.length > 0) this.offer(Buffer.alloc(0));
     const { writable } = this.output;
