@@ -11,6 +11,7 @@ import { LabSuite, MiB } from "./support.js";
 async function fullImage(kernel: KernelSeries): Promise<string> {
   const { file } = await buildModule(await getKernel(kernel), "test/modules", "dmaprobe");
   return buildGuestImage({
+    asShipped: true,
     kernel,
     script: READ_AND_WRITE,
     modules: ["nvme", "pci-stub"],

@@ -46,7 +46,7 @@ function mib(bytes: number): string {
 async function demo(): Promise<boolean> {
   const files = scratchDir();
   progress("making guest.img: stock kernel 6.12, nvme and pvdma modules, one script");
-  const image = await buildGuestImage({ kernel: "6.12", script });
+  const image = await buildGuestImage({ kernel: "6.12", script, asShipped: true });
 
   progress(`making a disk of ${mib(diskBytes)} with random content`);
   const content = randomFillSync(Buffer.alloc(diskBytes));
