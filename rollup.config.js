@@ -1,3 +1,4 @@
+import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 
 // Three entries: the command, and the code that the Workers of vCPUs and of emulated devices run. Everything of ours
@@ -12,6 +13,10 @@ const fromPackages = {
   resolveId: (id) => (id === "zod" ? fileURLToPath(import.meta.resolve(id)) : null),
 };
 
+const zodLicence = readFileSync("node_modules/zod/LICENSE", "utf8").trim();
+const banner = ({ moduleIds }) =>
+  moduleIds.some((id) => id.includes("/node_modules/zod/")) ? `/*! zod\n\n${zodLicence}\n*/` : "";
+
 export default {
   input: {
     vmm: "build/vmm/main.js",
@@ -20,5 +25,5 @@ export default {
   },
   external,
   plugins: [fromPackages],
-  output: { dir: "dist", format: "es", chunkFileNames: "[name].js", sourcemap: true },
+  output: { dir: "dist", format: "es", chunkFileNames: "[name].js", banner, sourcemap: true },
 };

@@ -66,6 +66,11 @@ export interface DeviceConfig {
    * for each. Devices of an identity domain reach the same pages: the smallest of their quotas is every one's.
    */
   readonly quotaBytes: number;
+  /**
+   * What can be locked for it, in bytes, by RLIMIT_MEMLOCK or by a limit of its IOMMU; 0 for no limit. The guest is told, no
+   * more.
+   */
+  readonly lockableBytes: number;
 }
 
 /** Everything the engine is told, as plain data. */
@@ -75,8 +80,6 @@ export interface EngineConfig {
   readonly devices: readonly DeviceConfig[];
   /** Most guest memory that may be pinned, in bytes, each page counted once; 0 for no quota. */
   readonly quotaBytes: number;
-  /** What the host lets this process lock, in bytes (RLIMIT_MEMLOCK); 0 for no limit. The guest is told, no more. */
-  readonly lockableBytes: number;
   /** Threads that have an engine: the vCPUs' and the main thread. */
   readonly lanes: number;
 }
@@ -263,7 +266,7 @@ export class Engine {
   isAssigned(bdf: number): number {
     this.begin(0);
     this.out.fill(0);
-    const { devices, domains, quotaBytes, lockableBytes } = this.#state.config;
+    const { devices, domains, quotaBytes } = this.#state.config;
     const index = devices.findIndex((device) => device.bdf === bdf);
     const device = devices[index];
     if (device === undefined) return OK;
@@ -276,7 +279,7 @@ export class Engine {
     this.out[1] = POLICY[device.policy] | (kind === "identity" ? DEVICE_FLAG.identity : 0);
     this.out[2] = device.addressBits;
     this.out[3] = limits.entries;
-    this.out[4] = smallest([device.quotaBytes, quotaBytes, lockableBytes]);
+    this.out[4] = smallest([device.quotaBytes, quotaBytes, device.lockableBytes]);
     return OK;
   }
 

@@ -29,9 +29,9 @@ case "$mode" in
 esac
 : >"$log"
 
-command -v node >/dev/null && command -v npm >/dev/null || die "Node.js 20 or later and npm are needed: https://nodejs.org"
-major=$(node -p 'process.versions.node.split(".")[0]')
-[ "$major" -ge 20 ] || die "Node.js $(node -v) is too old: 20 or later is needed"
+command -v node >/dev/null && command -v npm >/dev/null || die "Node.js 20.6 or later and npm are needed: https://nodejs.org"
+node -e 'const [major, minor] = process.versions.node.split("."); process.exit(+(major * 100 + +minor < 2006))' ||
+  die "Node.js $(node -v) is too old: 20.6 or later is needed"
 
 command -v dpkg-query >/dev/null || die "the lab is made of Debian packages and this is no Debian; it needs: $(echo $packages)"
 missing=""

@@ -64,7 +64,10 @@ export interface MachineConfig {
   readonly registers: BootRegisters;
   /** The guest wrote to the serial port. */
   readonly onSerialOutput: () => void;
-  /** The vCPUs are to stop: whatever a hypercall waits for is not to be waited for. Called again until they have. */
+  /**
+   * The vCPUs are to stop: whatever a hypercall waits for is not to be waited for, and output that the terminal takes is not
+   * to be in the way. Called again until they have.
+   */
   readonly onStop: () => void;
 }
 
@@ -264,8 +267,8 @@ export class Machine implements PciMachine {
         const tid = Atomics.load(words, CONTROL_TID);
         if (tid !== 0) signalThread(tid, KICK_SIGNAL_NUMBER);
       }
-      this.serial.dropIfFull();
       onStop();
+      this.serial.dropIfFull();
       if (this.threadLost && !byForce) {
         // Who waits for a lock that the lost thread held waits for ever, and looks at no word.
         byForce = true;

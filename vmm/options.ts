@@ -121,8 +121,9 @@ ${modelsHelp()}
                        device; repeatable. A multiple of 4K; a plain number is bytes. A map that does not fit is
                        refused, and the guest's driver is told so: it waits until others are unmapped.
   --emul-iommu KEY=VALUE[,KEY=VALUE…]
-                       limits of the IOMMU behind emulated devices, for each of its domains, as a host may have them:
-                         entries=N    most mappings at a time (default 65535), like dma_entry_limit of
+                       limits of the IOMMU behind emulated devices, for each of its domains, as a host may have them;
+                       not with policy pinned, which maps all of RAM:
+                         entries=N    most mappings at a time, 1 to 1048576 (default 65535), like dma_entry_limit of
                                       vfio_iommu_type1
                          locked=SIZE  most memory that is mapped at a time (default: no limit), like the limit of
                                       locked memory (ulimit -l); a multiple of 4K, a plain number is bytes
@@ -296,8 +297,9 @@ function parseDmaLimits(
   return limits;
 }
 
-function parseSoftIommu(text: string | undefined, assignments: readonly ParsedAssignment[]): SoftIommuLimits {
-  if (text === undefined) return {};
+function parseSoftIommu(texts: readonly string[], assignments: readonly ParsedAssignment[]): SoftIommuLimits {
+  if (texts.length === 0) return {};
+  const text = texts.join(",");
   const { entries, locked } = checkedPairs(softIommuKeys, "--emul-iommu", text, text.split(","));
   const behind = assignments.filter(({ kind }) => kind === "emulated");
   if (behind.length === 0) {
@@ -306,7 +308,7 @@ function parseSoftIommu(text: string | undefined, assignments: readonly ParsedAs
   const pinned = behind.find((each) => each.policy === "pinned");
   if (pinned !== undefined) {
     throw new UsageError(
-      `--emul-iommu ${text}: ${pinned.name} has the policy pinned, for which all of RAM is mapped; use --dma strict`,
+      `--emul-iommu ${text}: ${pinned.name} has the policy pinned, for which all of RAM is mapped; use dma=strict for it`,
     );
   }
   return {
@@ -409,7 +411,7 @@ const parse = (args: readonly string[]) =>
       assign: { type: "string", multiple: true, default: [] },
       dma: { type: "string", default: "strict" },
       "dma-limit": { type: "string", multiple: true, default: [] },
-      "emul-iommu": { type: "string" },
+      "emul-iommu": { type: "string", multiple: true, default: [] },
       inject: { type: "string", multiple: true, default: [] },
       tell: { type: "string" },
       cpus: { type: "string", default: "1" },

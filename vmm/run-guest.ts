@@ -443,7 +443,10 @@ async function runMachine(guest: Guest): Promise<Outcome> {
       cpuid: (apicId) => vcpuCpuid(guest.supportedCpuid, { apicId, cpus: options.cpus, tscDeadline }),
       registers: start.registers,
       onSerialOutput: () => terminal.pump(),
-      onStop: () => engine.injector.wake(),
+      onStop: () => {
+        terminal.carry();
+        engine.injector.wake();
+      },
     });
   } finally {
     await cleanup.run();
@@ -486,7 +489,8 @@ function engineConfig(guest: Guest, open: readonly OpenDomain[]): EngineConfig {
   return {
     ram: guest.ram.slots.map(({ gpa, bytes, hva }) => ({ gpa, bytes, hva })),
     domains: [...domains, ...(guest.gone.size > 0 ? [NOWHERE] : [])],
-    devices: guest.devices.map(({ name, guestSlot, domain: label, options }) => {
+    devices: guest.devices.map((device) => {
+      const { name, guestSlot, domain: label, options } = device;
       const gone = guest.gone.has(name);
       const domain = gone ? domains.length : labels.indexOf(label);
       return {
@@ -496,35 +500,27 @@ function engineConfig(guest: Guest, open: readonly OpenDomain[]): EngineConfig {
         domain,
         addressBits: addressBits((domains[domain] ?? NOWHERE).limits.ranges),
         quotaBytes: options.limitBytes,
+        lockableBytes: lockableFor(device, guest.options),
       };
     }),
     quotaBytes: guest.options.limitBytes,
-    lockableBytes: leastLockable(guest),
     lanes: guest.options.cpus + 1,
   };
 }
 
-/** What one device's IOMMU lets be locked, in bytes; 0 for no limit. The software IOMMU locks nothing by itself. */
+/** What a device's IOMMU lets be locked, in bytes; 0 for no limit. The software IOMMU locks nothing by itself. */
 const lockableFor = ({ behind }: AssignedDevice, { softIommu }: Options): number =>
   behind.kind === "vfio" ? lockableBytes() : (softIommu.lockedBytes ?? 0);
 
-/** What every device may count on: drivers are told to ask for no more at a time. */
-function leastLockable({ devices, options }: Guest): number {
-  const limits = devices.map((device) => lockableFor(device, options)).filter((bytes) => bytes > 0);
-  return limits.length > 0 ? Math.min(...limits) : 0;
-}
-
 /** Says, once, which devices have so little room for mappings that their drivers will hardly probe. */
 function warnOfSmallRoom(guest: Guest, { devices, domains, quotaBytes: vmQuotaBytes }: EngineConfig): void {
-  for (const [i, { domain, quotaBytes }] of devices.entries()) {
-    const device = guest.devices[i]!;
+  for (const [i, { name, domain, quotaBytes, lockableBytes }] of devices.entries()) {
     const { kind, limits } = domains[domain]!;
-    if (kind !== "translated" || guest.warned.has(device.name)) continue;
-    guest.warned.add(device.name);
-    const lockable = lockableFor(device, guest.options);
-    const { entries } = limits;
-    const room = { entries, quotaBytes, vmQuotaBytes, lockableBytes: lockable, ...RAISE[device.behind.kind] };
-    for (const line of smallRoom(room, guest.options.cpus)) warn(`${device.name}: ${line}`);
+    if (kind !== "translated" || guest.warned.has(name) || guest.gone.has(name as DeviceName)) continue;
+    guest.warned.add(name);
+    const raise = RAISE[guest.devices[i]!.behind.kind];
+    const room = { entries: limits.entries, quotaBytes, vmQuotaBytes, lockableBytes, ...raise };
+    for (const line of smallRoom(room, guest.options.cpus)) warn(`${name}: ${line}`);
   }
 }
 

@@ -39,9 +39,18 @@ const state = createEngineState({
       limits: { ranges: [{ first: 0, last: 2 ** 39 - 1 }], entries: 65535, pageSizeMask: PAGE_BYTES },
     },
   ],
-  devices: [{ name: "0000:01:00.0", bdf: 8, policy: "strict", domain: 0, addressBits: 39, quotaBytes: 0 }],
+  devices: [
+    {
+      name: "0000:01:00.0",
+      bdf: 8,
+      policy: "strict",
+      domain: 0,
+      addressBits: 39,
+      quotaBytes: 0,
+      lockableBytes: 0,
+    },
+  ],
   quotaBytes: 0,
-  lockableBytes: 0,
   lanes: 1,
 });
 const engine = new Engine(state, () => backend, 0);

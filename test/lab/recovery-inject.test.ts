@@ -6,12 +6,13 @@ import { bindVfio } from "./host.js";
 import { DISK_BYTES, recoversFromInjection } from "./injected.js";
 import { l1Bdf } from "./l1.js";
 import { assignedDisk, type TestedDisk } from "./recovery.js";
-import { LabSuite, MiB, randomDisk } from "./support.js";
+import { LabSuite, MiB, randomDisk, sha256OfFile } from "./support.js";
 
 const files = scratchDir();
+const otherFile = randomDisk(files.path, "other.raw", MiB);
 const lab = new LabSuite(
   "recovery-inject",
-  { diskBytes: DISK_BYTES, nvme1: { file: randomDisk(files.path, "other.raw", MiB) } },
+  { diskBytes: DISK_BYTES, nvme1: { file: otherFile } },
   async () => {
     if (lab.host.kind === "l1") await bindVfio(lab.host, l1Bdf.nvme1);
   },
@@ -20,7 +21,7 @@ const lab = new LabSuite(
 /** A controller that nothing is done to; a real host has but one to spare. */
 const other = (): TestedDisk[] =>
   lab.host.kind === "l1"
-    ? [{ host: lab.host, assign: l1Bdf.nvme1, name: l1Bdf.nvme1, hash: async () => undefined }]
+    ? [{ host: lab.host, assign: l1Bdf.nvme1, name: l1Bdf.nvme1, hash: () => sha256OfFile(otherFile) }]
     : [];
 
 for (const cpus of SOAK ? [1, 4] : [1]) {

@@ -8,7 +8,7 @@ import { buildGuestImage } from "./guest.js";
 import { type Host, must } from "./host.js";
 import type { KernelSeries } from "./packages.js";
 import { CONSOLE } from "./scripts.js";
-import { assertViewsAgree, type LabSuite, RunningVmm } from "./support.js";
+import { assertRead, assertViewsAgree, type LabSuite, RunningVmm } from "./support.js";
 
 /** A disk whose driver is tested. */
 export interface TestedDisk {
@@ -44,10 +44,11 @@ export function emulatedDisks(host: Host, ...bytes: number[]): Promise<TestedDis
   return Promise.all(disks);
 }
 
-/** Asserts that a guest that read the whole disk read what it holds. */
-export async function checkHash(disk: TestedDisk, read: string): Promise<void> {
-  const content = await disk.hash();
-  if (content !== undefined) assert.is(read, content, "the guest read what the disk holds");
+/** Has the guest read a whole disk: it is what the disk holds. Returns its hash. */
+export async function assertReads(vmm: RunningVmm, disk: TestedDisk, path: string): Promise<string> {
+  const hash = await guestHash(vmm, path);
+  assertRead(hash, await disk.hash());
+  return hash;
 }
 
 /** For one command of the guest: in the soak it may write and verify for long. */
@@ -93,7 +94,7 @@ export async function verify(vmm: RunningVmm, disk: string, options: string): Pr
 }
 
 /** The SHA-256 of a whole disk, read from the device. */
-export async function guestHash(vmm: RunningVmm, disk: string): Promise<string> {
+async function guestHash(vmm: RunningVmm, disk: string): Promise<string> {
   const command = `echo 3 > /proc/sys/vm/drop_caches; sha256sum ${disk}`;
   return (await vmm.sh(command, commandTimeoutMs)).split(" ")[0]!;
 }
@@ -131,15 +132,12 @@ export async function recoversFromLimits(
 ): Promise<void> {
   const vmm = await startDriven(disk.host, [disk.assign], guest);
   const [path] = await loadNvme(vmm);
-  const hash = await guestHash(vmm, path!);
-  await checkHash(disk, hash);
+  const hash = await assertReads(vmm, disk, path!);
 
   const begun = Date.now();
   const ios = await verify(vmm, path!, fioOptions);
   const seconds = (Date.now() - begun) / 1000;
-  const rehash = await guestHash(vmm, path!);
-  assert.is.not(rehash, hash, "fio changed the disk");
-  await checkHash(disk, rehash);
+  assert.is.not(await assertReads(vmm, disk, path!), hash, "fio changed the disk");
 
   const { host, guest: inGuest } = await assertViewsAgree(vmm);
   const told = [...inGuest].find(([name]) => name.endsWith("/errors/limit"))![1];

@@ -24,6 +24,11 @@ export async function sha256OfFile(path: string): Promise<string> {
   return hash.digest("hex");
 }
 
+/** Asserts that a guest that read a whole disk read what it holds; hashes, that of the content where it is known. */
+export function assertRead(hash: string, content: string | undefined): void {
+  if (content !== undefined) assert.is(hash, content, "the guest read what the disk holds");
+}
+
 /** A disk of zeros, for tests that need the device alone. */
 export function blankDisk(directory: string, name: string): NvmeDisk {
   const file = join(directory, name);
@@ -358,8 +363,7 @@ export class LabSuite {
 
   /** Asserts that a guest that read the whole disk read what it holds. */
   async checkHash(hash: string): Promise<void> {
-    const content = await this.diskHash();
-    if (content !== undefined) assert.is(hash, content, "the guest read what the disk holds");
+    assertRead(hash, await this.diskHash());
   }
 
   /** Pages that the host's kernel holds pinned for the long term: those pinned since its boot less those given back. */

@@ -1,11 +1,10 @@
-// A stock kernel, unpacked beforehand: to unpack itself takes a guest in the lab as long as all the rest of its boot. What
-// runs is the same kernel, byte for byte, where it would have unpacked itself to (but for KASLR).
+// A stock kernel, unpacked beforehand: to unpack itself takes a guest in the lab as long as to boot from there on. What runs
+// is the same kernel, byte for byte, where it would have unpacked itself to (but for KASLR).
 
-import { execFile } from "node:child_process";
-import { createWriteStream, existsSync, readFileSync, writeFileSync } from "node:fs";
+import { execFileSync } from "node:child_process";
+import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
-import { pipeline } from "node:stream/promises";
-import { makeAtomically, scratchDir } from "./cache.js";
+import { makeAtomically } from "./cache.js";
 import type { Kernel } from "./packages.js";
 
 /** Fields of the setup header, as offsets. Source: Documentation/arch/x86/boot.rst. */
@@ -30,12 +29,13 @@ const UNPACKERS: readonly (readonly [magic: string, command: string])[] = [
 
 /** Returns the path of a bzImage of this kernel whose 64-bit entry leads right into it; made once, in the cache. */
 export async function unpackedKernel({ vmlinuz }: Kernel): Promise<string> {
-  const target = join(dirname(vmlinuz), "unpacked.bzImage");
-  if (!existsSync(target)) await makeAtomically(target, (file) => unpack(vmlinuz, file));
+  // The number is to be changed with what unpack() makes.
+  const target = join(dirname(vmlinuz), "unpacked-1.bzImage");
+  if (!existsSync(target)) await makeAtomically(target, async (file) => unpack(vmlinuz, file));
   return target;
 }
 
-async function unpack(vmlinuz: string, file: string): Promise<void> {
+function unpack(vmlinuz: string, file: string): void {
   const packed = readFileSync(vmlinuz);
   const setupBytes = (packed[SETUP_SECTORS]! + 1) * 512;
   const at = setupBytes + packed.readUInt32LE(PAYLOAD_OFFSET);
@@ -44,7 +44,7 @@ async function unpack(vmlinuz: string, file: string): Promise<void> {
   const unpacker = UNPACKERS.find(([magic]) => payload.toString("hex", 0, 8).startsWith(magic));
   if (unpacker === undefined)
     throw new Error(`${vmlinuz}: packed with something else (${payload.toString("hex", 0, 8)})`);
-  const memory = flat(await runThrough(unpacker[1], payload));
+  const memory = flat(runThrough(unpacker[1], payload, vmlinuz));
 
   // A page in front of the kernel has the 64-bit entry, which jumps over the rest of it: jmp rel32.
   const front = Buffer.alloc(PAGE);
@@ -60,21 +60,11 @@ async function unpack(vmlinuz: string, file: string): Promise<void> {
 }
 
 /** What a command makes of its standard input. */
-async function runThrough(command: string, input: Buffer): Promise<Buffer> {
-  const scratch = scratchDir();
+function runThrough(command: string, input: Buffer, vmlinuz: string): Buffer {
   try {
-    const child = execFile(command, ["-dc"], { encoding: "buffer", maxBuffer: 1 << 28 });
-    const output = join(scratch.path, "unpacked");
-    const written = pipeline(child.stdout!, createWriteStream(output));
-    const status = new Promise<number | null>((resolve, reject) =>
-      child.on("error", reject).on("exit", resolve),
-    );
-    child.stdin!.end(input);
-    await written;
-    if ((await status) !== 0) throw new Error(`${command} cannot unpack the kernel`);
-    return readFileSync(output);
-  } finally {
-    scratch.remove();
+    return execFileSync(command, ["-dc"], { input, maxBuffer: 1 << 28 });
+  } catch (error) {
+    throw new Error(`${vmlinuz}: ${command} cannot unpack it: ${(error as Error).message}`);
   }
 }
 

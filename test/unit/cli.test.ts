@@ -150,7 +150,11 @@ const usage: readonly (readonly [args: string[], message: string])[] = [
   ],
   [
     ["--assign", "emul:edu,dma=pinned", "--emul-iommu", "entries=30", "a"],
-    "--emul-iommu entries=30: emul:edu has the policy pinned, for which all of RAM is mapped; use --dma strict",
+    "--emul-iommu entries=30: emul:edu has the policy pinned, for which all of RAM is mapped; use dma=strict for it",
+  ],
+  [
+    ["--assign", "emul:edu", "--emul-iommu", "entries=30", "--emul-iommu", "entries=40", "a"],
+    "--emul-iommu entries=30,entries=40: entries is given twice",
   ],
   [["--inject", "map,p=2", "a"], "--inject map,p=2: p: not a number above 0, up to 1"],
   [
@@ -273,6 +277,10 @@ test("limits of the software IOMMU", () => {
   const parsed = parseCommandLine("--assign emul:edu --emul-iommu entries=30,locked=1M a".split(" "));
   assert.ok("run" in parsed);
   assert.equal(parsed.run.softIommu, { entries: 30, lockedBytes: 2 ** 20 });
+  const apart = parseCommandLine(
+    "--assign emul:edu --emul-iommu entries=30 --emul-iommu locked=1M a".split(" "),
+  );
+  assert.equal(apart, parsed);
 });
 
 test("options become what they say", () => {

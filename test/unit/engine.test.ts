@@ -502,8 +502,10 @@ calls("is assigned: what the host has for the device", () => {
   assert.deepEqual(limits({ entries: 50 }), [50, 0]);
   assert.deepEqual(limits({ entries: 50 }, 0x77), [0, 0]);
   assert.deepEqual(limits({ quotaBytes: 9 * PAGE }), [4096, 9 * PAGE]);
-  assert.deepEqual(limits({ lockableBytes: 7 * PAGE }), [4096, 7 * PAGE]);
-  const all = { quotaBytes: 9 * PAGE, lockableBytes: 7 * PAGE, deviceQuotaBytes: { 1: 5 * PAGE } };
+  assert.deepEqual(limits({ lockableBytes: { 1: 7 * PAGE } }), [4096, 7 * PAGE]);
+  assert.deepEqual(limits({ lockableBytes: { 1: 7 * PAGE } }, 0x18), [4096, 0], "another device's");
+  const lockable = { 1: 7 * PAGE, 2: 7 * PAGE };
+  const all = { quotaBytes: 9 * PAGE, lockableBytes: lockable, deviceQuotaBytes: { 1: 5 * PAGE } };
   assert.deepEqual(limits(all), [4096, 5 * PAGE]);
   assert.deepEqual(limits(all, 0x18), [4096, 7 * PAGE]);
 });
@@ -668,7 +670,15 @@ const SHARED_IOVA_END = 64 * MiB;
 function makeShared(): Omit<WorkerJob, "lane"> {
   const limits = { ranges: [{ first: MiB, last: SHARED_IOVA_END - 1 }], entries: 400, pageSizeMask: PAGE };
   const device = (bdf: number, domain: number) =>
-    ({ name: `d${bdf}`, bdf, policy: "strict", domain, addressBits: 39, quotaBytes: 0 }) as const;
+    ({
+      name: `d${bdf}`,
+      bdf,
+      policy: "strict",
+      domain,
+      addressBits: 39,
+      quotaBytes: 0,
+      lockableBytes: 0,
+    }) as const;
   return {
     state: createEngineState({
       ram: [{ gpa: gpa(0), bytes: SHARED_RAM_PAGES * PAGE, hva: hva(0) }],
@@ -678,7 +688,6 @@ function makeShared(): Omit<WorkerJob, "lane"> {
       ],
       devices: [device(8, 0), device(16, 0), device(24, 1)],
       quotaBytes: SHARED_RAM_PAGES * PAGE,
-      lockableBytes: 0,
       lanes: 5,
     }),
     owners: [0, 1].map(() => new SharedArrayBuffer((SHARED_IOVA_END / PAGE) * 4)),

@@ -10,7 +10,7 @@ const LEAVE = new Set(["x", "X"].map((key) => key.charCodeAt(0)));
 
 /**
  * How long output waits for more of it, in milliseconds: nobody sees it, and a guest that prints does not wake this thread,
- * and whoever reads behind it, for every byte. A line of 115200 baud carries 115 bytes in that time.
+ * and whoever reads behind it, for every byte. A line of 115200 baud carries 115 bytes in that time. Input does not wait.
  */
 const GATHER_MS = 10;
 
@@ -56,15 +56,15 @@ export class Console {
 
   /** The guest wrote, or took input. */
   pump(): void {
+    if (this.waiting.length > 0) this.offer(Buffer.alloc(0));
     this.timer ??= setTimeout(() => this.carry(), GATHER_MS);
   }
 
-  /** Carries on, but takes nothing while the terminal is behind; the guest waits in time. */
-  private carry(): void {
+  /** Carries output on at once, but takes none while the terminal is behind; the guest waits in time. */
+  carry(): void {
     clearTimeout(this.timer);
     this.timer = undefined;
     // Output that nobody reads any more (`vmm … | head`) is dropped: the guest goes on.
-    if (this.waiting.length > 0) this.offer(Buffer.alloc(0));
     const { writable } = this.output;
     if (this.serial === undefined || (this.blocked && writable)) return;
     const bytes = this.serial.takeOutput();

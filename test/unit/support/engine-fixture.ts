@@ -109,7 +109,8 @@ export interface FixtureOptions {
   readonly quotaBytes?: number;
   /** By handle. */
   readonly deviceQuotaBytes?: Readonly<Record<number, number>>;
-  readonly lockableBytes?: number;
+  /** By handle. */
+  readonly lockableBytes?: Readonly<Record<number, number>>;
   readonly ranges?: readonly { readonly first: number; readonly last: number }[];
 }
 
@@ -130,6 +131,7 @@ export function makeEngine(options: FixtureOptions = {}): Fixture {
     domain,
     addressBits: 39,
     quotaBytes: options.deviceQuotaBytes?.[handle] ?? 0,
+    lockableBytes: options.lockableBytes?.[handle] ?? 0,
   });
   const config: EngineConfig = {
     ram: RAM,
@@ -139,7 +141,6 @@ export function makeEngine(options: FixtureOptions = {}): Fixture {
     })),
     devices: [device(1, 0x10, 0), device(2, 0x18, 0), device(3, 0x10020, 1), device(4, 0x28, 2)],
     quotaBytes: options.quotaBytes ?? 0,
-    lockableBytes: options.lockableBytes ?? 0,
     lanes: 2,
   };
   const state = createEngineState(config);
