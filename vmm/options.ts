@@ -5,6 +5,7 @@ import { z } from "zod";
 import { PAGE_BYTES } from "../hypercalls/addresses.js";
 import { INJECTION_RULES_MAX } from "../hypercalls/injection.js";
 import { MODELS, modelNamed } from "../iommu-emul/models.js";
+import type { SoftIommuConfig } from "../iommu-emul/shared.js";
 import { CPUS_MAX } from "./boot/acpi.js";
 import {
   type DeviceName,
@@ -49,13 +50,8 @@ export interface EmulatedAssignment extends AnyAssignment {
 
 export type Assignment = VfioAssignment | EmulatedAssignment;
 
-/** Limits of the IOMMU behind emulated devices, of each of its domains; those left out are its own. */
-export interface SoftIommuLimits {
-  /** Most mappings at a time. */
-  readonly entries?: number;
-  /** Most bytes that are mapped at a time, a page once for each mapping it is in. */
-  readonly lockedBytes?: number;
-}
+/** Limits of the IOMMU behind emulated devices, of each of its domains. */
+export type SoftIommuLimits = Pick<SoftIommuConfig, "entries" | "lockedBytesMax">;
 
 export interface Options {
   readonly image?: string;
@@ -313,7 +309,7 @@ function parseSoftIommu(texts: readonly string[], assignments: readonly ParsedAs
   }
   return {
     ...(entries === undefined ? {} : { entries }),
-    ...(locked === undefined ? {} : { lockedBytes: locked }),
+    ...(locked === undefined ? {} : { lockedBytesMax: locked }),
   };
 }
 

@@ -510,16 +510,17 @@ function engineConfig(guest: Guest, open: readonly OpenDomain[]): EngineConfig {
 
 /** What a device's IOMMU lets be locked, in bytes; 0 for no limit. The software IOMMU locks nothing by itself. */
 const lockableFor = ({ behind }: AssignedDevice, { softIommu }: Options): number =>
-  behind.kind === "vfio" ? lockableBytes() : (softIommu.lockedBytes ?? 0);
+  behind.kind === "vfio" ? lockableBytes() : (softIommu.lockedBytesMax ?? 0);
 
 /** Says, once, which devices have so little room for mappings that their drivers will hardly probe. */
 function warnOfSmallRoom(guest: Guest, { devices, domains, quotaBytes: vmQuotaBytes }: EngineConfig): void {
-  for (const [i, { name, domain, quotaBytes, lockableBytes }] of devices.entries()) {
+  for (const [i, { domain, quotaBytes, lockableBytes }] of devices.entries()) {
+    const { name, behind } = guest.devices[i]!;
     const { kind, limits } = domains[domain]!;
-    if (kind !== "translated" || guest.warned.has(name) || guest.gone.has(name as DeviceName)) continue;
+    if (kind !== "translated" || guest.warned.has(name) || guest.gone.has(name)) continue;
     guest.warned.add(name);
-    const raise = RAISE[guest.devices[i]!.behind.kind];
-    const room = { entries: limits.entries, quotaBytes, vmQuotaBytes, lockableBytes, ...raise };
+    const { entries } = limits;
+    const room = { entries, quotaBytes, vmQuotaBytes, lockableBytes, ...RAISE[behind.kind] };
     for (const line of smallRoom(room, guest.options.cpus)) warn(`${name}: ${line}`);
   }
 }

@@ -75,11 +75,12 @@ export interface GuestParts {
 /** Builds (or finds in the cache) a guest.img and returns its path. */
 export async function buildGuestImage(options: GuestOptions): Promise<string> {
   const parts = await buildGuestParts(options);
-  const bzImage = readFileSync(options.asShipped ? parts.kernel.vmlinuz : await unpackedKernel(parts.kernel));
+  // Its name and the package's version say what is in it.
+  const bzImage = options.asShipped ? parts.kernel.vmlinuz : await unpackedKernel(parts.kernel);
   const hash = createHash("sha256").update(
     `${parts.kernel.abi}\n${parts.kernel.version}\n${parts.cmdline}\n`,
   );
-  hash.update(readFileSync(stubFile)).update(parts.initrd).update(bzImage);
+  hash.update(readFileSync(stubFile)).update(parts.initrd).update(basename(bzImage));
   const image = join(
     cacheDir("guests"),
     `guest-${parts.kernel.series}-${hash.digest("hex").slice(0, 16)}.img`,
@@ -296,14 +297,14 @@ const stubFile = "/usr/lib/systemd/boot/efi/linuxx64.efi.stub";
 async function writeUki(
   file: string,
   { kernel, initrd, cmdline }: GuestParts,
-  bzImage: Buffer,
+  bzImage: string,
 ): Promise<void> {
   const sections: [name: string, content: Uint8Array][] = [
     [".osrel", Buffer.from(`NAME="pvdma lab guest"\nID=pvdma-lab\nVERSION_ID="${kernel.version}"\n`)],
     [".cmdline", Buffer.from(cmdline)],
     [".uname", Buffer.from(kernel.abi)],
     [".initrd", initrd],
-    [".linux", bzImage],
+    [".linux", readFileSync(bzImage)],
   ];
   const headers = (await exec("objdump", ["-h", stubFile], execOptions)).stdout;
   let vma = 0;

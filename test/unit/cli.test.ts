@@ -276,7 +276,7 @@ test("room that is too small for a driver is told, with what to raise", () => {
 test("limits of the software IOMMU", () => {
   const parsed = parseCommandLine("--assign emul:edu --emul-iommu entries=30,locked=1M a".split(" "));
   assert.ok("run" in parsed);
-  assert.equal(parsed.run.softIommu, { entries: 30, lockedBytes: 2 ** 20 });
+  assert.equal(parsed.run.softIommu, { entries: 30, lockedBytesMax: 2 ** 20 });
   const apart = parseCommandLine(
     "--assign emul:edu --emul-iommu entries=30 --emul-iommu locked=1M a".split(" "),
   );

@@ -16,7 +16,7 @@ const TX_BYTES = 1 << 16;
 const RX_BYTES = 1 << 12;
 const CTRL_A = "\x01";
 
-/** A terminal that takes `room` chunks, and then none until it is told to. */
+/** A terminal that takes what comes, or one chunk and no more until it is told to. */
 class Terminal extends Writable {
   readonly chunks: string[] = [];
   #done: (() => void) | undefined;

@@ -56,14 +56,7 @@ export class SoftDomain {
   /** A domain over guest RAM for these devices, with nothing mapped. */
   static create(ram: RamDescription, names: readonly string[], limits: SoftIommuLimits): SoftDomain {
     const memory = ram.slots.map(({ hva, bytes }) => ({ hva, bytes }));
-    const { entries, lockedBytes: lockedBytesMax } = limits;
-    const config = {
-      memory,
-      lanes: names.length,
-      ...(entries === undefined ? {} : { entries }),
-      ...(lockedBytesMax === undefined ? {} : { lockedBytesMax }),
-    };
-    return new SoftDomain(SoftIommu.create(config), names);
+    return new SoftDomain(SoftIommu.create({ memory, lanes: names.length, ...limits }), names);
   }
 
   get limits(): BackendLimits {
