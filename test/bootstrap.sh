@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 # What the lab needs of Debian: its hardware, the guests' user space, a compiler for the kernel module and the
 # layout probe (gcc-12 is what the kernels' headers call for), and the tools that take kernel packages apart.
 packages="qemu-system-x86 busybox-static fio nvme-cli systemd-boot-efi kmod util-linux bsdutils xz-utils zstd
-  acpica-tools e2fsprogs fdisk binutils gcc gcc-12 libc6-dev linux-libc-dev make pahole libelf1 sparse"
+  acpica-tools e2fsprogs fdisk binutils spin gcc gcc-12 libc6-dev linux-libc-dev make pahole libelf1 sparse"
 
 log="${XDG_CACHE_HOME:-$HOME/.cache}/pvdma/bootstrap.log"
 mkdir -p "$(dirname "$log")"
