@@ -21,7 +21,7 @@ struct pvdma_stat {
 	unsigned int index;
 };
 
-#define PVDMA_STATS	20
+#define PVDMA_STATS	21
 
 /*
  * An assigned device. They stand in one array, so that a device's operations lead
@@ -42,6 +42,7 @@ struct pvdma_device {
 	s64 stale;			/* of what is outstanding: of earlier drivers */
 	u64 iova_last;			/* last address the host's IOMMU translates */
 	u64 mapping_max;		/* longest mapping drivers should make, bytes */
+	struct pvdma_table table;	/* with policy cached */
 	struct pvdma_counters __percpu *counters;
 	struct xarray below;		/* iova page to page below, if lower */
 	struct xarray memory;		/* what drivers have of ours: page to era */

@@ -7,7 +7,7 @@
 #define PVDMA_ABI_H
 
 #define PVDMA_ABI_MAJOR			1u
-#define PVDMA_ABI_MINOR			1u
+#define PVDMA_ABI_MINOR			2u
 #define PVDMA_ABI_VERSION		(PVDMA_ABI_MAJOR << 16 | PVDMA_ABI_MINOR)
 
 /* Discovery: CPUID leaves, relative to the base at which the signature is found */
@@ -29,6 +29,7 @@
 
 #define PVDMA_FEATURE_LIST		0x1u
 #define PVDMA_FEATURE_RELEASE		0x2u
+#define PVDMA_FEATURE_TABLE		0x4u
 
 #define PVDMA_CALL_PAGE_BYTES		4096u
 #define PVDMA_ENTRY_BYTES		16u
@@ -40,6 +41,12 @@
 #define PVDMA_MAP_READ			0x1u
 #define PVDMA_MAP_WRITE			0x2u
 #define PVDMA_MAP_ALIGN			0x4u
+#define PVDMA_MAP_COUNTED		0x8u
+
+/* an entry of the tracking table; how it is used: hypercalls/abi.ts */
+#define PVDMA_TABLE_COUNT_MASK		0x3fffffffu
+#define PVDMA_TABLE_USED		0x40000000u
+#define PVDMA_TABLE_PINNED		0x80000000u
 
 /* is_assigned, rsi */
 #define PVDMA_DEVICE_POLICY_MASK	0xffu
@@ -119,7 +126,8 @@
  * entry touches, one entry after the other. All or nothing: with another
  * status than ok nothing of it is mapped, except in the rare case that the
  * host cannot undo a part; that part stays pinned, and its IOVA is given to
- * nobody. A device with identity needs a list that is contiguous.
+ * nobody. A device with identity needs a list that is contiguous, unless the
+ * guest counted its pages: each then is where its gpa says.
  *   IN  rdi  handle
  *   IN  rsi  gpa of the call page: entries {u64 gpa, u64 bytes}
  *   IN  r8   entries, 1 to 256
@@ -152,5 +160,17 @@
  *   OUT rsi  bytes of them, whole pages
  */
 #define PVDMA_CALL_RELEASE		7u
+
+/*
+ * table: Where the tracking table is that this device's policy cached uses
+ * (since 1.2). Devices of one domain have one in common. Begun anew, by a
+ * kernel that finds it for the first time, nothing is mapped and all counts
+ * are 0; the devices of the domain have to be stopped.
+ *   IN  rdi  handle
+ *   IN  rsi  1 to begin anew, else 0
+ *   OUT rdi  gpa of the table, whole pages
+ *   OUT rsi  entries; 0: this device has none
+ */
+#define PVDMA_CALL_TABLE		8u
 
 #endif /* PVDMA_ABI_H */

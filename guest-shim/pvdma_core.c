@@ -262,6 +262,44 @@ u32 pvdma_release(const struct pvdma_host *host, struct pvdma_counters *counters
 	return status;
 }
 
+u32 pvdma_find_table(const struct pvdma_host *host, struct pvdma_counters *counters,
+		     u32 handle, bool anew, struct pvdma_table *table)
+{
+	struct pvdma_frame frame = { .rdi = handle, .rsi = anew };
+	u32 status;
+
+	if (!(host->features & PVDMA_FEATURE_TABLE))
+		return PVDMA_STATUS_INVALID;
+	status = call(host, counters, PVDMA_CALL_TABLE, &frame, PVDMA_UNMAP_TRIES);
+	if (class_of(status))
+		return give_up(counters, status);
+	table->gpa = frame.rdi;
+	table->pages = frame.rsi;
+	return status;
+}
+
+u32 pvdma_map_counted(const struct pvdma_host *host, struct pvdma_counters *counters,
+		      u32 handle, const struct pvdma_list *list, u64 page_gpa,
+		      u64 iova_max, u32 flags)
+{
+	struct pvdma_frame frame = {
+		.rdi = handle, .r9 = iova_max, .r10 = flags | PVDMA_MAP_COUNTED,
+	};
+	u32 number = PVDMA_CALL_MAP_LIST;
+	u32 status;
+
+	if (list->count == 1) {
+		number = PVDMA_CALL_MAP;
+		frame.rsi = list->entries[0].address;
+		frame.r8 = list->entries[0].bytes;
+	} else {
+		frame.rsi = page_gpa;
+		frame.r8 = list->count;
+	}
+	status = call(host, counters, number, &frame, PVDMA_MAP_TRIES);
+	return class_of(status) ? give_up(counters, status) : status;
+}
+
 void pvdma_list_start(struct pvdma_list *list, struct pvdma_entry *entries,
 		      u32 max_entries, u64 max_pages, u64 boundary)
 {

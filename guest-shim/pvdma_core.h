@@ -101,7 +101,7 @@ struct pvdma_entry {
  * of its own and keeps interrupts out while a function here runs.
  */
 struct pvdma_counters {
-	u64 calls[PVDMA_CALL_RELEASE + 1];	/* by call, repeats included */
+	u64 calls[PVDMA_CALL_TABLE + 1];	/* by call, repeats included */
 	u64 maps;		/* mappings made by map */
 	u64 unmaps;		/* mappings undone by unmap */
 	u64 map_lists;		/* mappings made by map_list */
@@ -244,6 +244,29 @@ static inline u64 pvdma_pages(u64 address, u64 bytes)
 	/* the last byte's page, not a rounding up that could wrap */
 	return ((offset + bytes - 1) >> PVDMA_PAGE_SHIFT) + 1;
 }
+
+#include "pvdma_table.h"
+
+/**
+ * pvdma_find_table() - ask where the tracking table of a device is
+ * @anew: nothing is to be mapped and counted any more. The devices that share the
+ *	  table have been stopped.
+ * @table: @gpa and @pages are set; 0 pages: the device has none
+ *
+ * A host without the call is not asked: invalid.
+ */
+u32 pvdma_find_table(const struct pvdma_host *host, struct pvdma_counters *counters,
+		     u32 handle, bool anew, struct pvdma_table *table);
+
+/**
+ * pvdma_map_counted() - have the host map what is counted in the tracking table
+ * @page_gpa: gpa of the call page in which @list was built
+ *
+ * The addresses are the gpas. When it fails the caller takes its counts back.
+ */
+u32 pvdma_map_counted(const struct pvdma_host *host, struct pvdma_counters *counters,
+		      u32 handle, const struct pvdma_list *list, u64 page_gpa,
+		      u64 iova_max, u32 flags);
 
 /**
  * pvdma_place() - bus address of an entry in its list's range

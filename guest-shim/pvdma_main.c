@@ -11,6 +11,7 @@
 
 #include <linux/cc_platform.h>
 #include <linux/init.h>
+#include <linux/io.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/pci.h>
@@ -21,6 +22,7 @@
 struct pvdma_host pvdma_host;
 u64 pvdma_first_iova;
 struct pvdma_device pvdma_devices[PVDMA_DEVICES_MAX];
+static struct pvdma_table pvdma_tables[PVDMA_DEVICES_MAX];
 DEFINE_PER_CPU(struct pvdma_entry *, pvdma_call_page);
 DEFINE_PER_CPU(struct pvdma_counters, pvdma_counters);
 
@@ -51,11 +53,46 @@ static bool pvdma_needs_no_ops(const struct pvdma_device *p)
 	return p->policy == PVDMA_POLICY_PINNED && p->identity;
 }
 
+/* Whether another device that has a driver is counted in the same tracking table. */
+static bool pvdma_table_shared(const struct pvdma_device *p)
+{
+	const struct pvdma_device *other;
+
+	for (other = pvdma_devices; other < pvdma_devices + PVDMA_DEVICES_MAX; other++) {
+		if (other != p && other->dev && other->installed &&
+		    other->table.gpa == p->table.gpa)
+			return true;
+	}
+	return false;
+}
+
 static bool pvdma_can_release(const struct pvdma_device *p)
 {
 	/* over a lower layer, what is unmapped late has to be found at the host */
-	return !p->identity && pvdma_host.features & PVDMA_FEATURE_RELEASE &&
-	       xa_empty(&p->below);
+	if (!xa_empty(&p->below))
+		return false;
+	/* counts do not say whose they are */
+	if (p->table.entries)
+		return !pvdma_table_shared(p);
+	return !p->identity && pvdma_host.features & PVDMA_FEATURE_RELEASE;
+}
+
+/* Takes back what is mapped for a device, or, if it has a table, for its domain. */
+static u32 pvdma_release_all(struct pvdma_device *p, struct pvdma_released *released)
+{
+	struct pvdma_table table;
+	unsigned long irq;
+	u32 status;
+
+	local_irq_save(irq);
+	if (p->table.entries)
+		status = pvdma_find_table(&pvdma_host, this_cpu_ptr(p->counters),
+					  p->handle, true, &table);
+	else
+		status = pvdma_release(&pvdma_host, this_cpu_ptr(p->counters),
+				       p->handle, released);
+	local_irq_restore(irq);
+	return status;
 }
 
 /*
@@ -68,16 +105,12 @@ static bool pvdma_can_release(const struct pvdma_device *p)
 static void pvdma_reclaim(struct pvdma_device *p)
 {
 	struct pvdma_released released = { 0 };
-	unsigned long irq;
 	u32 status;
 
 	if (!pvdma_can_release(p))
 		return;
 	pci_clear_master(to_pci_dev(p->dev));
-	local_irq_save(irq);
-	status = pvdma_release(&pvdma_host, this_cpu_ptr(p->counters), p->handle,
-			       &released);
-	local_irq_restore(irq);
+	status = pvdma_release_all(p, &released);
 	p->unclean = !pvdma_unreachable(status);
 	if (p->unclean) {
 		dev_err(p->dev, "pvdma: the host has not released all that is mapped: %s (errno %u); binding a driver asks again\n",
@@ -253,6 +286,57 @@ static void pvdma_install(struct pvdma_device *p)
 	p->installed = true;
 }
 
+/*
+ * Finds the device's tracking table and makes it visible, until the module goes:
+ * devices of one domain have it in common. Returns 0, also when there is none, or an
+ * errno. With pvdma_lock.
+ */
+static int pvdma_get_table(struct pvdma_device *p)
+{
+	struct pvdma_table found = { 0 };
+	struct pvdma_table *table;
+	unsigned long irq;
+	u32 status;
+
+	p->table = found;
+	if (p->policy != PVDMA_POLICY_CACHED || !(pvdma_host.features & PVDMA_FEATURE_TABLE))
+		return 0;
+	local_irq_save(irq);
+	status = pvdma_find_table(&pvdma_host, this_cpu_ptr(p->counters), p->handle, false,
+				  &found);
+	local_irq_restore(irq);
+	if (PVDMA_STATUS_CLASS(status))
+		return -EIO;
+	if (!found.pages)
+		return 0;
+	if (found.pages > SIZE_MAX / sizeof(u32) || !PAGE_ALIGNED(found.gpa))
+		return -EPROTO;
+	for (table = pvdma_tables; table < pvdma_tables + PVDMA_DEVICES_MAX; table++) {
+		if (table->entries && table->gpa != found.gpa)
+			continue;
+		if (!table->entries) {
+			found.entries = memremap(found.gpa, found.pages * sizeof(u32),
+						 MEMREMAP_WB);
+			if (!found.entries)
+				return -ENOMEM;
+			*table = found;
+		}
+		p->table = *table;
+		return 0;
+	}
+	return -ENOSPC;
+}
+
+static void pvdma_put_tables(void)
+{
+	struct pvdma_table *table;
+
+	for (table = pvdma_tables; table < pvdma_tables + PVDMA_DEVICES_MAX; table++) {
+		if (table->entries)
+			memunmap(table->entries);
+	}
+}
+
 /* Takes a free slot for a device the host has. With pvdma_lock. */
 static struct pvdma_device *pvdma_new(struct device *dev,
 				      const struct pvdma_assignment *answer)
@@ -273,6 +357,8 @@ static struct pvdma_device *pvdma_new(struct device *dev,
 	p->handle = answer->handle;
 	p->policy = answer->policy;
 	p->identity = answer->identity;
+	if (pvdma_get_table(p))
+		return NULL;
 	p->installed = false;
 	p->lost = false;
 	p->removed = false;
@@ -319,7 +405,7 @@ static struct pvdma_device *pvdma_ask(struct device *dev)
 		return NULL;
 	p = pvdma_new(dev, &answer);
 	if (!p) {
-		dev_err(dev, "pvdma: out of memory, or more than %u assigned devices\n",
+		dev_err(dev, "pvdma: out of memory, no tracking table, or more than %u assigned devices\n",
 			PVDMA_DEVICES_MAX);
 		return ERR_PTR(-ENOMEM);
 	}
@@ -609,6 +695,7 @@ static void __exit pvdma_exit(void)
 	bus_unregister_notifier(&pci_bus_type, &pvdma_notifier);
 	destroy_workqueue(pvdma_queue);
 	pvdma_stats_exit();
+	pvdma_put_tables();
 	for (i = 0; i < PVDMA_DEVICES_MAX; i++)
 		free_percpu(pvdma_devices[i].counters);
 	xa_destroy(&pvdma_known);
@@ -620,4 +707,4 @@ module_exit(pvdma_exit);
 
 MODULE_DESCRIPTION("DMA of assigned devices, mapped at the host page by page");
 MODULE_LICENSE("GPL");
-MODULE_VERSION("1.1");
+MODULE_VERSION("1.2");

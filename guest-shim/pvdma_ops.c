@@ -12,6 +12,12 @@
 
 #include "pvdma.h"
 
+/* Memory ends here, inclusive: a tracking table has an entry for each page of it. */
+static u64 pvdma_last_of_ram(const struct pvdma_device *p)
+{
+	return (p->table.pages << PAGE_SHIFT) - 1;
+}
+
 /* The last address that the device can emit and the host's IOMMU translates. */
 u64 pvdma_streaming_max(const struct pvdma_device *p, struct device *dev)
 {
@@ -118,6 +124,92 @@ static void pvdma_tell_unmap(struct pvdma_device *p, u64 bytes, u64 iova,
 			     PVDMA_STATUS_ERRNO(status), pvdma_advice(status));
 }
 
+/*
+ * Counts of a mapping that needed no call, or of one that is counted here. Each add is
+ * one instruction, so interrupts need not be off.
+ */
+static inline void pvdma_count_counted(struct pvdma_device *p, u64 pages)
+{
+	this_cpu_add(p->counters->pages_mapped, pages);
+	this_cpu_inc(p->counters->outstanding);
+}
+
+static inline void pvdma_count_uncounted(struct pvdma_device *p, u64 pages)
+{
+	this_cpu_add(p->counters->pages_unmapped, pages);
+	this_cpu_dec(p->counters->outstanding);
+}
+
+/* A range that the device cannot emit, or that is no memory of this guest's. */
+static u32 pvdma_tell_unusable(struct pvdma_device *p, u64 below, u64 bytes,
+			       u64 iova_max, unsigned long attrs)
+{
+	this_cpu_inc(p->counters->errors[PVDMA_STATUS_INVALID]);
+	pvdma_tell_map(p, bytes, below, iova_max, PVDMA_STATUS_INVALID, attrs);
+	return PVDMA_STATUS_INVALID;
+}
+
+/* Calls the host for one range that is counted and not all pinned. */
+static noinline u32 pvdma_call_counted(struct pvdma_device *p, u64 below, u64 bytes,
+				       u64 iova_max, u32 flags, unsigned long attrs)
+{
+	struct pvdma_entry entry = { .address = below, .bytes = bytes };
+	struct pvdma_list list = { .entries = &entry, .count = 1 };
+	unsigned long irq;
+	u32 status;
+
+	local_irq_save(irq);
+	status = pvdma_map_counted(&pvdma_host, this_cpu_ptr(p->counters), p->handle,
+				   &list, 0, iova_max, flags);
+	local_irq_restore(irq);
+	if (unlikely(PVDMA_STATUS_CLASS(status))) {
+		pvdma_table_uncount(&p->table, below, bytes);
+		pvdma_tell_map(p, bytes, below, iova_max, status, attrs);
+	}
+	return status;
+}
+
+/* A mapping with policy cached: in most cases a count, and no more. */
+static u32 pvdma_make_cached(struct pvdma_device *p, u64 below, u64 bytes,
+			     u64 iova_max, u32 flags, unsigned long attrs)
+{
+	bool missing = false;
+
+	if (unlikely(below > iova_max || bytes - 1 > iova_max - below ||
+		     !pvdma_table_count(&p->table, below, bytes, &missing)))
+		return pvdma_tell_unusable(p, below, bytes, iova_max, attrs);
+	if (unlikely(missing)) {
+		u32 status = pvdma_call_counted(p, below, bytes, iova_max, flags, attrs);
+
+		if (PVDMA_STATUS_CLASS(status))
+			return status;
+	}
+	this_cpu_inc(p->counters->maps);
+	pvdma_count_counted(p, pvdma_pages(below, bytes));
+	return PVDMA_STATUS_OK;
+}
+
+/* Pages that somebody unmaps and that are not mapped: a driver's mistake. */
+static void pvdma_tell_uncounted(struct pvdma_device *p, u64 wrong, u64 iova)
+{
+	this_cpu_inc(p->counters->errors[PVDMA_STATUS_INVALID]);
+	dev_warn_ratelimited(p->dev, "pvdma: unmapped at bus address %#llx: %llu pages that are not mapped\n",
+			     iova, wrong);
+}
+
+static u32 pvdma_take_cached(struct pvdma_device *p, u64 iova, u64 bytes)
+{
+	u64 wrong = pvdma_table_uncount(&p->table, iova, bytes);
+
+	if (unlikely(wrong)) {
+		pvdma_tell_uncounted(p, wrong, iova);
+		return PVDMA_STATUS_INVALID;
+	}
+	this_cpu_inc(p->counters->unmaps);
+	pvdma_count_uncounted(p, pvdma_pages(iova, bytes));
+	return PVDMA_STATUS_OK;
+}
+
 /* Makes one mapping at the host. Returns the status; *iova is set if it is ok. */
 u32 pvdma_make(struct pvdma_device *p, u64 below, u64 bytes, u64 iova_max,
 	       u32 flags, unsigned long attrs, u64 *iova)
@@ -125,6 +217,10 @@ u32 pvdma_make(struct pvdma_device *p, u64 below, u64 bytes, u64 iova_max,
 	unsigned long irq;
 	u32 status;
 
+	if (p->table.entries) {
+		*iova = below;
+		return pvdma_make_cached(p, below, bytes, iova_max, flags, attrs);
+	}
 	local_irq_save(irq);
 	status = pvdma_map(&pvdma_host, this_cpu_ptr(p->counters), p->handle,
 			   below, bytes, iova_max, flags, iova);
@@ -140,6 +236,8 @@ u32 pvdma_take(struct pvdma_device *p, u64 iova, u64 bytes)
 	unsigned long irq;
 	u32 status;
 
+	if (p->table.entries)
+		return pvdma_take_cached(p, iova, bytes);
 	local_irq_save(irq);
 	status = pvdma_unmap(&pvdma_host, this_cpu_ptr(p->counters), p->handle,
 			     iova, bytes);
@@ -292,16 +390,150 @@ static void pvdma_unmap_entries(struct pvdma_device *p, struct device *dev,
 	local_irq_restore(irq);
 }
 
+/* The segments of a list on their way into its entries' DMA fields. */
+struct pvdma_segments {
+	struct scatterlist *first;
+	struct scatterlist *last;	/* the one being made; NULL: none yet */
+	struct pvdma_segment segment;
+	u64 boundary;
+	u64 max_bytes;
+	int count;
+};
+
+static void pvdma_segments_start(struct pvdma_segments *s, struct device *dev,
+				 struct scatterlist *sgl)
+{
+	s->first = sgl;
+	s->last = NULL;
+	s->boundary = dma_get_seg_boundary(dev);
+	s->max_bytes = dma_get_max_seg_size(dev);
+	s->count = 0;
+}
+
+/* Appends a piece: to the last segment unless @fresh, or as one of its own. */
+static void pvdma_segments_add(struct pvdma_segments *s, u64 iova, u64 bytes, bool fresh)
+{
+	if (fresh || !s->last ||
+	    !pvdma_segment_join(&s->segment, iova, bytes, s->max_bytes, s->boundary)) {
+		s->segment.iova = iova;
+		s->segment.bytes = bytes;
+		s->last = s->last ? sg_next(s->last) : s->first;
+		s->count++;
+	}
+	sg_dma_address(s->last) = s->segment.iova;
+	sg_dma_len(s->last) = s->segment.bytes;
+}
+
+/* Marks the end of a list of @nents entries; returns its segments. */
+static int pvdma_segments_end(struct pvdma_segments *s, int nents)
+{
+	if (s->count && s->count < nents)
+		sg_dma_len(sg_next(s->last)) = 0;
+	return s->count;
+}
+
+/* Takes back the counts of the first nents entries; returns their pages. */
+static u64 pvdma_uncount_entries(struct pvdma_device *p, struct scatterlist *sgl,
+				 int nents)
+{
+	struct scatterlist *sg;
+	u64 pages = 0;
+	int i;
+
+	for_each_sg(sgl, sg, nents, i) {
+		u64 wrong;
+
+		if (!sg->length)
+			continue;
+		wrong = pvdma_table_uncount(&p->table, sg_phys(sg), sg->length);
+		if (unlikely(wrong))
+			pvdma_tell_uncounted(p, wrong, sg_phys(sg));
+		pages += pvdma_pages(sg_phys(sg), sg->length);
+	}
+	return pages;
+}
+
+/* Has the host map a list that is counted and not all pinned. */
+static noinline u32 pvdma_call_counted_list(struct pvdma_device *p, struct device *dev,
+					    struct scatterlist *sg, int nents, u64 iova_max,
+					    u32 flags, unsigned long attrs)
+{
+	while (nents > 0) {
+		u64 below = sg_phys(sg);
+		struct pvdma_list list;
+		unsigned long irq;
+		u32 status = PVDMA_STATUS_OK;
+
+		local_irq_save(irq);
+		/* no address to be found for the whole, so no boundary */
+		pvdma_list_start(&list, this_cpu_read(pvdma_call_page),
+				 max(pvdma_host.list_entries, 1u), pvdma_host.map_pages,
+				 U64_MAX);
+		nents -= pvdma_fill(&list, &sg, nents);
+		if (likely(list.count))
+			status = pvdma_map_counted(&pvdma_host, this_cpu_ptr(p->counters),
+						   p->handle, &list, __pa(list.entries),
+						   iova_max, flags);
+		local_irq_restore(irq);
+		if (unlikely(PVDMA_STATUS_CLASS(status))) {
+			pvdma_tell_map(p, list.bytes, below, iova_max, status, attrs);
+			return status;
+		}
+	}
+	return PVDMA_STATUS_OK;
+}
+
+/* A list with policy cached: a count per page, and a call if one is not pinned. */
+static int pvdma_map_sg_cached(struct pvdma_device *p, struct device *dev,
+			       struct scatterlist *sgl, int nents, u64 iova_max,
+			       u32 flags, unsigned long attrs)
+{
+	struct pvdma_segments segments;
+	struct scatterlist *sg;
+	bool missing = false;
+	u64 pages = 0;
+	u32 status;
+	int i;
+
+	pvdma_segments_start(&segments, dev, sgl);
+	for_each_sg(sgl, sg, nents, i) {
+		u64 below = sg_phys(sg);
+		u64 bytes = sg->length;
+
+		if (!bytes)
+			continue;
+		if (unlikely(below > iova_max || bytes - 1 > iova_max - below ||
+			     !pvdma_table_count(&p->table, below, bytes, &missing))) {
+			status = pvdma_tell_unusable(p, below, bytes, iova_max, attrs);
+			goto undo;
+		}
+		pages += pvdma_pages(below, bytes);
+		pvdma_segments_add(&segments, below, bytes, false);
+	}
+	if (unlikely(!segments.count))
+		return -EINVAL;
+	if (unlikely(missing)) {
+		status = pvdma_call_counted_list(p, dev, sgl, nents, iova_max, flags, attrs);
+		if (PVDMA_STATUS_CLASS(status))
+			goto undo;
+	}
+	this_cpu_inc(p->counters->map_lists);
+	pvdma_count_counted(p, pages);
+	return pvdma_segments_end(&segments, nents);
+
+undo:
+	pvdma_uncount_entries(p, sgl, i);
+	return pvdma_errno(status);
+}
+
 static int pvdma_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
 			enum dma_data_direction dir, unsigned long attrs)
 {
 	struct pvdma_device *p = pvdma_of(dev);
-	struct scatterlist *sg = sgl, *entry, *out = NULL;
-	u64 boundary = dma_get_seg_boundary(dev);
-	u64 max_bytes = dma_get_max_seg_size(dev);
-	struct pvdma_segment segment;
-	int done, n, i, segments = 0;
+	struct scatterlist *sg = sgl, *entry;
+	struct pvdma_segments segments;
 	u64 iova_max, base;
+	int done, n, i;
 	u32 flags;
 
 	if (unlikely(!p || nents <= 0))
@@ -315,6 +547,9 @@ static int pvdma_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
 
 	iova_max = pvdma_streaming_max(p, dev);
 	flags = pvdma_streaming_flags(p, dev, dir);
+	if (p->table.entries)
+		return pvdma_map_sg_cached(p, dev, sgl, nents, iova_max, flags, attrs);
+	pvdma_segments_start(&segments, dev, sgl);
 	for (done = 0; done < nents; done += n) {
 		bool fresh = true;	/* a range never joins the one before it */
 
@@ -331,21 +566,11 @@ static int pvdma_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
 			if (!entry->length)
 				continue;
 			iova = pvdma_place(&base, sg_phys(entry), entry->length);
-			if (fresh || !pvdma_segment_join(&segment, iova, entry->length,
-							 max_bytes, boundary)) {
-				segment.iova = iova;
-				segment.bytes = entry->length;
-				out = out ? sg_next(out) : sgl;
-				segments++;
-				fresh = false;
-			}
-			sg_dma_address(out) = segment.iova;
-			sg_dma_len(out) = segment.bytes;
+			pvdma_segments_add(&segments, iova, entry->length, fresh);
+			fresh = false;
 		}
 	}
-	if (segments < nents)
-		sg_dma_len(sg_next(out)) = 0;
-	return segments;
+	return pvdma_segments_end(&segments, nents);
 }
 
 static void pvdma_unmap_sg(struct device *dev, struct scatterlist *sgl, int nents,
@@ -353,18 +578,36 @@ static void pvdma_unmap_sg(struct device *dev, struct scatterlist *sgl, int nent
 {
 	struct pvdma_device *p = pvdma_of(dev);
 
-	if (likely(p))
-		pvdma_unmap_entries(p, dev, sgl, nents);
+	if (unlikely(!p || nents <= 0))
+		return;
+	if (p->table.entries) {
+		u64 pages = pvdma_uncount_entries(p, sgl, nents);
+
+		this_cpu_inc(p->counters->unmap_lists);
+		pvdma_count_uncounted(p, pages);
+		return;
+	}
+	pvdma_unmap_entries(p, dev, sgl, nents);
 }
 
 /*
- * Memory for both sides. Any page will do, since its address is translated: no
- * zones, no bounce buffers.
+ * Memory for both sides. Where addresses are translated any page will do: no zones,
+ * no bounce buffers. Identity addresses have to be below the device's limit.
  */
 struct page *pvdma_get_pages(struct device *dev, size_t size, gfp_t gfp)
 {
+	const struct pvdma_device *p = pvdma_of(dev);
+
 	if (unlikely(!size))
 		return NULL;
+	if (p && p->table.entries) {
+		u64 most = pvdma_coherent_max(p, dev);
+
+		if (most < DMA_BIT_MASK(32))
+			gfp |= GFP_DMA;
+		else if (most < pvdma_last_of_ram(p))
+			gfp |= GFP_DMA32;
+	}
 	return alloc_pages_node(dev_to_node(dev), (gfp & ~__GFP_COMP) | __GFP_ZERO,
 				get_order(size));
 }
@@ -496,10 +739,21 @@ static int pvdma_get_sgtable(struct device *dev, struct sg_table *sgt, void *vad
 	return ret;
 }
 
-/* Addresses are the host's to choose: a mask is enough if it covers some. */
+/*
+ * Translated addresses are the host's to choose: a mask is enough if it covers some.
+ * With identity addresses all of memory has to be below it, since nothing is bounced.
+ */
 int pvdma_dma_supported(struct device *dev, u64 mask)
 {
-	return mask >= pvdma_first_iova + PAGE_SIZE - 1;
+	const struct pvdma_device *p = pvdma_of(dev);
+
+	if (!p || !p->table.entries)
+		return mask >= pvdma_first_iova + PAGE_SIZE - 1;
+	if (min(mask, p->iova_last) >= pvdma_last_of_ram(p))
+		return 1;
+	dev_err_ratelimited(dev, "pvdma: its mask %#llx does not cover all memory, which ends at %#llx, as policy cached needs: assign it with dma=strict\n",
+			    mask, pvdma_last_of_ram(p));
+	return 0;
 }
 
 /*

@@ -56,6 +56,7 @@ static const struct {
 	{ "map_list", "hypercalls", CALL_AT(PVDMA_CALL_MAP_LIST) },
 	{ "unmap_list", "hypercalls", CALL_AT(PVDMA_CALL_UNMAP_LIST) },
 	{ "release", "hypercalls", CALL_AT(PVDMA_CALL_RELEASE) },
+	{ "table", "hypercalls", CALL_AT(PVDMA_CALL_TABLE) },
 };
 
 /* Signed, because an unmap may be counted before its map when read in between. */
@@ -217,7 +218,7 @@ void pvdma_stats_remove(struct pvdma_device *p)
 	p->dir = NULL;
 	local_irq_save(irq);
 	totals = this_cpu_ptr(&pvdma_counters);
-	for (i = 0; i <= PVDMA_CALL_RELEASE; i++)
+	for (i = 0; i <= PVDMA_CALL_TABLE; i++)
 		totals->calls[i] += pvdma_sum(p->counters, CALL_AT(i));
 	for (i = 0; i <= PVDMA_STATUS_GONE; i++)
 		totals->errors[i] += pvdma_sum(p->counters, ERROR_AT(i));

@@ -8,7 +8,7 @@
 // a host of another major.
 
 export const ABI_MAJOR = 1;
-export const ABI_MINOR = 1;
+export const ABI_MINOR = 2;
 export const ABI_VERSION = (ABI_MAJOR << 16) | ABI_MINOR;
 
 /**
@@ -38,6 +38,28 @@ export const FEATURE = {
   list: 1 << 0,
   /** release is there, and is_assigned tells what the host has (since 1.1). */
   release: 1 << 1,
+  /** Devices with policy cached have a tracking table, and table tells where (since 1.2). */
+  table: 1 << 2,
+} as const;
+/** What this host has: all of them. CPUID and probe say the same. */
+export const FEATURES = FEATURE.list | FEATURE.release | FEATURE.table;
+
+/**
+ * An entry of the tracking table: one 32-bit word per page frame of the guest, from gpa 0 on, in memory that the host
+ * provides. Both sides change it by sequentially consistent atomic operations only. The guest owns the count and sets
+ * `used`; the host owns `pinned` and clears `used`. (Since 1.2.)
+ *
+ * To map, the guest adds one to the count of every page. Where `pinned` was set in all of them the device reaches the
+ * pages, at IOVA = gpa, and stays able to until the counts are 0 again. Where it was not, the guest makes the map call, with
+ * MAP_FLAG.counted, and subtracts again if that fails. To unmap it subtracts. The host gives a page back only by a
+ * compare-and-swap from count 0. How this goes wrong if a step is left out: test/model/tracking.pml.
+ */
+export const TABLE = {
+  countMask: 0x3fffffff,
+  /** The page was mapped since the host last looked. */
+  used: 0x40000000,
+  /** The device reaches the page while the count is above 0. */
+  pinned: 0x80000000,
 } as const;
 
 export const LIMITS = {
@@ -61,6 +83,11 @@ export const MAP_FLAG = {
   write: 1 << 1,
   /** Align the IOVA to the length rounded up to a power of two, as dma_alloc_coherent promises drivers. */
   align: 1 << 2,
+  /**
+   * The guest has counted the pages of this map in the tracking table, and will not unmap them by a call. Only for devices
+   * with one. (Since 1.2.) Without it the host counts: unmap then takes it back.
+   */
+  counted: 1 << 3,
 } as const;
 
 /** Policies, from the laxest to the strictest. */
@@ -168,7 +195,7 @@ export const CALLS = {
       "Maps a list as one contiguous IOVA range: the pages that each entry touches, one entry after the other. " +
       "All or nothing: with another status than ok nothing of it is mapped, except in the rare case that the host " +
       "cannot undo a part; that part stays pinned, and its IOVA is given to nobody. A device with identity needs a " +
-      "list that is contiguous.",
+      "list that is contiguous, unless the guest counted its pages: each then is where its gpa says.",
     in: {
       rdi: "handle",
       rsi: "gpa of the call page: entries {u64 gpa, u64 bytes}",
@@ -198,6 +225,15 @@ export const CALLS = {
       "first: bus mastering off, or reset. With another status than ok some of it stays mapped; asking again tries again.",
     in: { rdi: "handle" },
     out: { rdi: "mappings taken back", rsi: "bytes of them, whole pages" },
+  },
+  table: {
+    number: 8,
+    about:
+      "Where the tracking table is that this device's policy cached uses (since 1.2). Devices of one domain have one in " +
+      "common. Begun anew, by a kernel that finds it for the first time, nothing is mapped and all counts are 0; the devices " +
+      "of the domain have to be stopped.",
+    in: { rdi: "handle", rsi: "1 to begin anew, else 0" },
+    out: { rdi: "gpa of the table, whole pages", rsi: "entries; 0: this device has none" },
   },
 } as const satisfies Record<string, CallSpec>;
 export type CallName = keyof typeof CALLS;

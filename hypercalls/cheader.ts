@@ -17,6 +17,7 @@ import {
   POLICY,
   PORT,
   STATUS,
+  TABLE,
 } from "./abi.js";
 
 const hex = (value: number): string => `0x${value.toString(16)}u`;
@@ -105,6 +106,9 @@ export function cHeader(): string {
     "",
     "/* map and map_list, r10 */",
     ...defines("MAP", MAP_FLAG),
+    "",
+    "/* an entry of the tracking table; how it is used: hypercalls/abi.ts */",
+    ...defines("TABLE", TABLE),
     "",
     "/* is_assigned, rsi */",
     define("DEVICE_POLICY_MASK", hex(DEVICE_FLAG.policyMask)),

@@ -82,6 +82,13 @@ export class Dispatcher {
           frame[2] = out[1]!;
         }
         return result;
+      case CALLS.table.number:
+        result = engine.table(frame[1]!, frame[2]!);
+        if (result === OK) {
+          frame[1] = out[0]!;
+          frame[2] = out[1]!;
+        }
+        return result;
       case CALLS.probe.number:
         return this.#probe(frame);
       default:

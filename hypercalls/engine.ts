@@ -7,15 +7,16 @@ import {
   ABI_VERSION,
   CALL_NAMES,
   DEVICE_FLAG,
-  FEATURE,
+  FEATURES,
   LIMITS,
   MAP_FLAG,
   POLICY,
   type PolicyName,
   STATUS,
 } from "./abi.js";
-import { MAX_EXACT, PAGE_BYTES, pagesTouched } from "./addresses.js";
+import { type Gpa, MAX_EXACT, PAGE_BYTES, pagesTouched } from "./addresses.js";
 import type { BackendLimits, DmaBackend } from "./backend.js";
+import { CachedDomain, type TrackingTable } from "./cached.js";
 import { type Domain, IdentityDomain, LOCK_WORD, type MapAllFailure, TranslatedDomain } from "./domain.js";
 import { GuestRam, type RamSlot, RunList } from "./guest-ram.js";
 import { createInjection, INJECT, Injector } from "./injection.js";
@@ -34,20 +35,24 @@ import {
   OK,
   status,
   statusClassOf,
+  statusErrnoOf,
 } from "./status.js";
 
-export type DomainKind = "translated" | "identity";
+export type DomainKind = "translated" | "identity" | "cached";
 
 /** The kind of domain that a policy needs; policies that there are so far. */
 export const DOMAIN_KINDS: Partial<Record<PolicyName, DomainKind>> = {
   pinned: "identity",
+  cached: "cached",
   strict: "translated",
 };
 
-/** One IOMMU domain. Identity domains are for the policies pinned and cached, translated ones for lazy and strict. */
+/** One IOMMU domain: each policy has its kind, but lazy and strict, which are both for translated ones. */
 export interface DomainConfig {
   readonly kind: DomainKind;
   readonly limits: BackendLimits;
+  /** Of a cached domain: where its tracking table is in the guest, and the bytes that it maps at a time. */
+  readonly cached?: { readonly tableGpa: Gpa; readonly granuleBytes: number };
 }
 
 /** An assigned device. Its handle is its place in the list, from 1. */
@@ -90,16 +95,18 @@ export interface EngineState {
   readonly domains: readonly SharedArrayBuffer[];
   readonly devices: SharedArrayBuffer;
   readonly pins: SharedArrayBuffer;
-  /** By handle - 1; the devices of an identity domain have one in common. */
+  /** By handle - 1; the devices of a domain whose IOVA = gpa have one in common. */
   readonly devicePins: readonly SharedArrayBuffer[];
   readonly lanes: SharedArrayBuffer;
   readonly injection: SharedArrayBuffer;
 }
 
+/** Mappings that the backend did not undo. */
+const LIMIT_STUCK = status(STATUS.limit, ERRNO.EPROTO);
 const LIMIT_EAGAIN = status(STATUS.limit, ERRNO.EAGAIN);
 
 const MAP_BYTES = LIMITS.mapPages * PAGE_BYTES;
-const MAP_FLAGS = MAP_FLAG.read | MAP_FLAG.write | MAP_FLAG.align;
+const MAP_FLAGS = MAP_FLAG.read | MAP_FLAG.write | MAP_FLAG.align | MAP_FLAG.counted;
 const ACCESS = MAP_FLAG.read | MAP_FLAG.write;
 const IOVA_END = 2 ** IOVA_BITS;
 /** 32-bit words of a list entry. */
@@ -127,7 +134,9 @@ export function createEngineState(config: EngineConfig): EngineState {
       throw new RangeError(`policy ${device.policy} does not go with domain ${device.domain} (${kind})`);
     }
   }
-  for (const { limits } of config.domains) {
+  for (const { kind, cached, limits } of config.domains) {
+    if ((kind === "cached") !== (cached !== undefined))
+      throw new RangeError(`a ${kind} domain, and its table`);
     if (Math.floor(limits.pageSizeMask / PAGE_BYTES) % 2 === 0) {
       throw new RangeError(`the IOMMU does not map pages of 4 KiB (page sizes ${limits.pageSizeMask})`);
     }
@@ -138,9 +147,12 @@ export function createEngineState(config: EngineConfig): EngineState {
   new Int32Array(devices).fill(ASSIGNED);
   return {
     config,
-    domains: config.domains.map(({ kind, limits }) =>
-      kind === "translated" ? TranslatedDomain.create(limits) : IdentityDomain.create(),
-    ),
+    domains: config.domains.map(({ kind, limits, cached }) => {
+      if (kind === "translated") return TranslatedDomain.create(limits);
+      return cached === undefined
+        ? IdentityDomain.create()
+        : CachedDomain.create(limits, ram, cached.granuleBytes);
+    }),
     devices,
     pins: new SharedArrayBuffer(Pins.bytes(ram.pages)),
     devicePins: createDevicePins(config, Pins.bytes(ram.pages)),
@@ -153,7 +165,7 @@ function createDevicePins({ devices, domains }: EngineConfig, bytes: number): Sh
   const memories: SharedArrayBuffer[] = [];
   for (const { domain } of devices) {
     const same = devices.findIndex((device) => device.domain === domain);
-    const shared = domains[domain]!.kind === "identity" ? memories[same] : undefined;
+    const shared = domains[domain]!.kind === "translated" ? undefined : memories[same];
     memories.push(shared ?? new SharedArrayBuffer(bytes));
   }
   return memories;
@@ -196,8 +208,16 @@ export class Engine {
   readonly #runs = new RunList(LIMITS.listEntries);
   readonly #pageSizeMask: number;
 
-  /** `backends` gives this thread's view of a domain's backend; `lane` (0 to lanes - 1) belongs to this thread. */
-  constructor(state: EngineState, backends: (domain: number) => DmaBackend, lane: number) {
+  /**
+   * `backends` gives this thread's view of a domain's backend, `tables` that of a cached domain's tracking table; `lane` (0 to
+   * lanes - 1) belongs to this thread.
+   */
+  constructor(
+    state: EngineState,
+    backends: (domain: number) => DmaBackend,
+    lane: number,
+    tables: (domain: number) => TrackingTable = noTable,
+  ) {
     const { config } = state;
     this.#state = state;
     this.lane = new StatsLane(state.lanes, lane, config.devices.length);
@@ -206,13 +226,13 @@ export class Engine {
     this.#pins = new Pins(state.pins, config.quotaBytes, "own");
     const devicePins = config.devices.map((device, index) => {
       const sharing = config.devices.filter(({ domain }) => domain === device.domain);
-      const identity = config.domains[device.domain]!.kind === "identity";
-      const quota = identity ? smallest(sharing.map(({ quotaBytes }) => quotaBytes)) : device.quotaBytes;
+      const common = config.domains[device.domain]!.kind !== "translated";
+      const quota = common ? smallest(sharing.map(({ quotaBytes }) => quotaBytes)) : device.quotaBytes;
       return new Pins(state.devicePins[index]!, quota, "callers");
     });
     // Handle 0 is nobody's, and never looked at.
     this.#devicePins = [this.#pins, ...devicePins];
-    this.#domains = config.domains.map(({ kind, limits }, index) => {
+    this.#domains = config.domains.map(({ kind, limits, cached }, index) => {
       const memory = state.domains[index]!;
       if (kind === "translated") {
         return new TranslatedDomain(memory, limits, this.ram, this.#pins, this.#devicePins, backends(index));
@@ -221,7 +241,19 @@ export class Engine {
       // Without a device there is nothing to count for one.
       const pins =
         devicePins[first] ?? new Pins(new SharedArrayBuffer(Pins.bytes(this.ram.pages)), 0, "callers");
-      return new IdentityDomain(memory, this.ram, this.#pins, pins, backends(index));
+      const backend = backends(index);
+      if (cached === undefined) return new IdentityDomain(memory, this.ram, this.#pins, pins, backend);
+      const { granuleBytes } = cached;
+      return new CachedDomain(
+        memory,
+        limits,
+        granuleBytes,
+        this.ram,
+        this.#pins,
+        pins,
+        backend,
+        tables(index),
+      );
     });
     this.#locks = state.domains.map(
       (memory) => new Mutex(new Int32Array(memory, 0, LOCK_WORD + 1), LOCK_WORD),
@@ -244,7 +276,7 @@ export class Engine {
   probe(): number {
     this.begin(0);
     this.out[0] = ABI_VERSION;
-    this.out[1] = FEATURE.list | FEATURE.release;
+    this.out[1] = FEATURES;
     this.out[2] = this.#pageSizeMask;
     this.out[3] = this.#state.config.quotaBytes;
     this.out[4] = 0;
@@ -274,12 +306,33 @@ export class Engine {
     if (Atomics.load(this.#devices, index + 1) !== ASSIGNED) return GONE;
     const injected = this.#inject(INJECT.isAssigned, 0);
     if (injected !== OK) return injected;
-    const { kind, limits } = domains[device.domain]!;
+    const { kind, limits, cached } = domains[device.domain]!;
     this.out[0] = index + 1;
-    this.out[1] = POLICY[device.policy] | (kind === "identity" ? DEVICE_FLAG.identity : 0);
+    this.out[1] = POLICY[device.policy] | (kind === "translated" ? 0 : DEVICE_FLAG.identity);
     this.out[2] = device.addressBits;
     this.out[3] = limits.entries;
-    this.out[4] = smallest([device.quotaBytes, quotaBytes, device.lockableBytes]);
+    // Each page of a mapping may take a granule.
+    const most = smallest([device.quotaBytes, quotaBytes, device.lockableBytes]);
+    this.out[4] = cached === undefined ? most : Math.floor(most / cached.granuleBytes) * PAGE_BYTES;
+    return OK;
+  }
+
+  /**
+   * The tracking table of a device's domain. `anew`: everything is unmapped first and all counts are forgotten. `out`: gpa,
+   * entries; both 0 for a device without one.
+   */
+  table(handle: number, anew: number): number {
+    this.begin(handle);
+    const checked = this.#checkHandle();
+    if (checked !== OK) return checked;
+    if (anew > 1) return INVALID_EINVAL;
+    this.out.fill(0);
+    const index = this.#domainOf[handle]!;
+    const domain = this.#domains[index]!;
+    if (!(domain instanceof CachedDomain)) return OK;
+    if (anew === 1 && this.#locked(index, () => domain.unmapAll()) > 0) return LIMIT_STUCK;
+    this.out[0] = this.#state.config.domains[index]!.cached!.tableGpa;
+    this.out[1] = this.ram.endPage;
     return OK;
   }
 
@@ -394,7 +447,7 @@ export class Engine {
     const inUse = (at: number) =>
       this.#domainOf[at] === index && Atomics.load(this.#devices, at) === ASSIGNED;
     for (let other = 1; other <= this.#deviceCount; other++) if (inUse(other)) return domain.stuck;
-    return domain instanceof IdentityDomain ? domain.unmapAll() : domain.stuck;
+    return this.#unmapAll(index);
   }
 
   /** The guest starts anew: everything in translated domains is unmapped. Returns the mappings that are stuck. */
@@ -405,9 +458,37 @@ export class Engine {
 
   /** The end: reset, and identity domains are unmapped. Returns the mappings that are stuck. */
   close(): number {
-    let stuck = this.reset();
-    for (const domain of this.#domains) if (domain instanceof IdentityDomain) stuck += domain.unmapAll();
-    return stuck;
+    this.reset();
+    return this.#domains.reduce((stuck, _, index) => stuck + this.#unmapAll(index), 0);
+  }
+
+  /** Unmaps what is no single device's; returns the mappings of the domain that are stuck. */
+  #unmapAll(index: number): number {
+    const domain = this.#domains[index]!;
+    if (domain instanceof IdentityDomain) return domain.unmapAll();
+    return domain instanceof CachedDomain ? this.#locked(index, () => domain.unmapAll()) : domain.stuck;
+  }
+
+  /**
+   * Gives back what cached domains have mapped and nobody has used since the last time. Takes a domain's lock for `granules`
+   * of them at a time; `pause` is called in between, and says whether to go on. One thread's.
+   */
+  async sweep(granules: number, pause: () => Promise<boolean>): Promise<void> {
+    for (const [index, domain] of this.#domains.entries()) {
+      if (!(domain instanceof CachedDomain)) continue;
+      while (this.#locked(index, () => domain.sweep(granules))) if (!(await pause())) return;
+    }
+  }
+
+  /**
+   * Rules of injection were added or removed. They see the calls that are made, and under policy cached few are: while there
+   * are rules, every map makes its call.
+   */
+  injectionChanged(): void {
+    for (const [index, domain] of this.#domains.entries()) {
+      // Looked at under the lock: of two changes at a time, the later one's word is the last.
+      if (domain instanceof CachedDomain) this.#locked(index, () => domain.hide(this.injector.hasRules));
+    }
   }
 
   /** Bytes mapped for a device, or with handle 0 over all domains; what is mapped twice counts twice. */
@@ -445,6 +526,8 @@ export class Engine {
       ...this.#dmaStats(reader, this.#pins, config.quotaBytes),
       ["dma/delayed", reader.event(EVENT.delayed)],
       ["dma/entries", sum((domain) => domain.entriesUsed)],
+      ["dma/evicted", sum((domain) => (domain instanceof CachedDomain ? domain.evicted : 0))],
+      ["dma/idled", sum((domain) => (domain instanceof CachedDomain ? domain.idled : 0))],
       ["dma/stuck_mappings", sum((domain) => domain.stuck)],
       ...config.devices.flatMap(({ name, quotaBytes }, index) => {
         const handle = index + 1;
@@ -470,6 +553,17 @@ export class Engine {
     ];
   }
 
+  /** Not for hot paths. */
+  #locked<T>(index: number, body: () => T): T {
+    const lock = this.#locks[index]!;
+    lock.acquire();
+    try {
+      return body();
+    } finally {
+      lock.release();
+    }
+  }
+
   /** Of the call's handle. */
   #checkHandle(): number {
     if (this.handle === 0) return INVALID_HANDLE;
@@ -479,7 +573,9 @@ export class Engine {
   #checkMap(flags: number): number {
     // The comparison first: `&` would see only the low 32 bits.
     if (flags > MAP_FLAGS || (flags & ACCESS) === 0) return INVALID_EINVAL;
-    return this.#checkHandle();
+    const result = this.#checkHandle();
+    if (result !== OK || (flags & MAP_FLAG.counted) === 0) return result;
+    return this.#domains[this.#domainOf[this.handle]!] instanceof CachedDomain ? OK : INVALID_EINVAL;
   }
 
   /** Checks a range of guest memory and appends the pages it touches to the runs. */
@@ -500,7 +596,10 @@ export class Engine {
     const lastPage = Math.floor((Math.min(lastIova, reach) + 1) / PAGE_BYTES) - 1;
     let result = this.#tryMap(handle, lastPage, flags);
     // One more try where it can end otherwise: something was given back, or the host itself says "again".
-    if (statusClassOf(result) === STATUS.limit && (this.#reclaim() > 0 || result === LIMIT_EAGAIN)) {
+    if (
+      statusClassOf(result) === STATUS.limit &&
+      (this.#reclaim(this.#domainOf[handle]!, result) > 0 || result === LIMIT_EAGAIN)
+    ) {
       result = this.#tryMap(handle, lastPage, flags);
     }
     if (result === OK) this.pages = this.#runs.pages;
@@ -520,14 +619,18 @@ export class Engine {
   }
 
   /**
-   * Gives back what can be, in all domains: quota and locked memory are common to them. One domain's lock at a time,
-   * and none is held by the caller. Returns the mappings that went.
+   * Gives back what can be, for a map in the domain `asking` that met a limit: in all domains, since quota and locked memory
+   * are common to them. But what is cached goes only for these two, and not for its own domain, which has done that. One
+   * domain's lock at a time, and none is held by the caller. Returns the mappings that went.
    */
-  #reclaim(): number {
+  #reclaim(asking: number, limit: number): number {
+    const errno = statusErrnoOf(limit);
+    const common = errno === ERRNO.EDQUOT || errno === ERRNO.ENOMEM;
     let given = 0;
     for (let index = 0; index < this.#domains.length; index++) {
       const domain = this.#domains[index]!;
       if (!domain.reclaimable) continue;
+      if (domain instanceof CachedDomain && (!common || index === asking)) continue;
       const lock = this.#locks[index]!;
       lock.acquire();
       try {
@@ -588,6 +691,10 @@ export class Engine {
       lock.release();
     }
   }
+}
+
+function noTable(domain: number): TrackingTable {
+  throw new RangeError(`no tracking table for domain ${domain}`);
 }
 
 /** A 64-bit word of a call page; rounded, as a register would be, from 2^53 on. */

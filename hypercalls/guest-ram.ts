@@ -54,6 +54,8 @@ export class RunList {
 export class GuestRam {
   /** RAM pages. */
   readonly pages: number;
+  /** The gpa page behind the last. */
+  readonly endPage: number;
   // Slots side by side: first gpa page, pages, first RAM page, hva.
   readonly #gpaPage: number[] = [];
   readonly #slotPages: number[] = [];
@@ -91,6 +93,22 @@ export class GuestRam {
     }
     if (pages >= 2 ** 31) throw new RangeError(`${pages} pages of RAM, below 2^31 are possible`);
     this.pages = pages;
+    this.endPage = end / PAGE_BYTES;
+  }
+
+  /** Whether every slot begins at a multiple of so many pages. */
+  beginsAt(multiple: number): boolean {
+    return this.#gpaPage.every((page) => page % multiple === 0);
+  }
+
+  /** RAM pages from gpa page `page` to the end of its slot; 0 when it is not RAM. O(slots). */
+  pagesFrom(page: number): number {
+    for (let slot = 0; slot < this.#gpaPage.length; slot++) {
+      const inSlot = page - this.#gpaPage[slot]!;
+      if (inSlot < 0) return 0;
+      if (inSlot < this.#slotPages[slot]!) return this.#slotPages[slot]! - inSlot;
+    }
+    return 0;
   }
 
   /** Whether `count` pages from gpa page `page` are all RAM. O(slots). */

@@ -173,6 +173,11 @@ export class Injector {
     for (let index = 0; index < INJECTION_RULES_MAX; index++) this.#wakeOf(index);
   }
 
+  /** Whether there are rules, exhausted ones as well. */
+  get hasRules(): boolean {
+    return Atomics.load(this.#words, RULES) > 0;
+  }
+
   /** The rules that there are, exhausted ones as well, by id. */
   list(): ListedRule[] {
     this.#lock.acquire();

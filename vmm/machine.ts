@@ -24,6 +24,7 @@ import { mmapShared, munmap, PROT_READ, PROT_WRITE, signalThread } from "./nativ
 import type { PciMachine, RegisterTarget } from "./pci/machine-interface.js";
 import { RunArea } from "./run-area.js";
 import { newSlowExitLane, type SlowAccess, serveSlowExit } from "./slow-exit.js";
+import type { TableDescription } from "./tracking-table.js";
 import {
   CONTROL_STOP,
   CONTROL_TID,
@@ -58,6 +59,8 @@ export interface MachineConfig {
   readonly engine: EngineState;
   /** What is behind each DMA domain. */
   readonly backends: readonly BackendHandle[];
+  /** The tracking tables of those that are cached. */
+  readonly tables: readonly (TableDescription | undefined)[];
   /** The links of the emulated devices, by their numbers. */
   readonly emulated: readonly LinkState[];
   readonly cpuid: (apicId: number) => readonly CpuidEntry[];
@@ -203,6 +206,7 @@ export class Machine implements PciMachine {
       ram: config.ram,
       engine: config.engine,
       backends: config.backends,
+      tables: config.tables,
       registerMap: this.registers.memory,
       emulated: config.emulated,
       serial: this.serialState,

@@ -3,6 +3,7 @@
 import { parseArgs } from "node:util";
 import { z } from "zod";
 import { PAGE_BYTES } from "../hypercalls/addresses.js";
+import { GRANULE_MAX_BYTES } from "../hypercalls/cached.js";
 import { INJECTION_RULES_MAX } from "../hypercalls/injection.js";
 import { MODELS, modelNamed } from "../iommu-emul/models.js";
 import type { SoftIommuConfig } from "../iommu-emul/shared.js";
@@ -19,8 +20,8 @@ import { handleOf, type InjectSpec, parseInjectSpec } from "./inject-spec.js";
 import { checked, checkedPairs, issueText, readPairs, size, sizeText, wholeNumber } from "./schemas.js";
 import { type Bdf, parseBdf } from "./vfio/sysfs.js";
 
-/** Policies that are built; the contract names two more (hypercalls/abi.ts). */
-const POLICIES = ["strict", "pinned"] as const;
+/** Policies that are built; the contract names one more (hypercalls/abi.ts). */
+const POLICIES = ["strict", "cached", "pinned"] as const;
 export type DmaPolicy = (typeof POLICIES)[number];
 
 interface AnyAssignment {
@@ -63,6 +64,10 @@ export interface Options {
   readonly assignments: readonly Assignment[];
   /** Most guest memory that may be pinned for all devices, in bytes; 0: no limit. */
   readonly limitBytes: number;
+  /** What policy cached maps at a time, in bytes. */
+  readonly granuleBytes: number;
+  /** After which it gives back what nobody uses; 0: only when there is need. */
+  readonly idleSeconds: number;
   readonly softIommu: SoftIommuLimits;
   readonly injections: readonly InjectSpec[];
   readonly stats: boolean;
@@ -72,6 +77,8 @@ export interface Options {
 
 export const MIN_MEMORY_BYTES = 16 * 2 ** 20;
 const DEFAULT_MEMORY = "512M";
+const DEFAULT_GRANULE = "64K";
+const DEFAULT_IDLE = "30";
 
 /** The models and their own keys. */
 const modelsHelp = (): string =>
@@ -110,12 +117,19 @@ ${modelsHelp()}
   --dma POLICY         which guest memory assigned devices reach (default strict):
                          strict   the pages that the guest's drivers have mapped at this moment, and no others;
                                   the guest needs the module pvdma.ko, without it devices reach nothing
+                         cached   pages stay mapped when a driver unmaps them, until nobody has used them for a while
+                                  or there is need: a map of such a page costs the guest nothing. Devices reach what
+                                  was used for DMA lately. Needs the module, and devices that can address all of RAM
                          pinned   all of guest RAM, pinned at start, as other VMMs do; the guest needs no module
 
   --dma-limit SIZE[,DEVICE]
                        most guest memory that may be pinned for DMA at a time, for the whole VM or for one assigned
                        device; repeatable. A multiple of 4K; a plain number is bytes. A map that does not fit is
                        refused, and the guest's driver is told so: it waits until others are unmapped.
+  --dma-granule SIZE   what policy cached maps at a time, 4K to 2M, a power of two (default ${DEFAULT_GRANULE}): larger ones take
+                       fewer calls and fewer mappings of the IOMMU, and pin more memory than is used
+  --dma-idle SECONDS   policy cached gives back what nobody has used for SECONDS, at the latest after twice that time;
+                       0 to 86400, 0: only when there is need (default ${DEFAULT_IDLE})
   --emul-iommu KEY=VALUE[,KEY=VALUE…]
                        limits of the IOMMU behind emulated devices, for each of its domains, as a host may have them;
                        not with policy pinned, which maps all of RAM:
@@ -173,7 +187,9 @@ Examples:
   vmm --tell /run/pvdma/4711 uninject all
 `;
 
-const policy = z.enum(POLICIES, { error: `not a policy; there are ${POLICIES.join(" and ")}` });
+const policy = z.enum(POLICIES, {
+  error: `not a policy; there are ${POLICIES.join(", ").replace(/, (\w+)$/, " and $1")}`,
+});
 
 const assignmentKeys = z.strictObject({
   guest: wholeNumber(1, 31).optional(),
@@ -193,6 +209,10 @@ const dmaLimit = size(1)
   .refine((bytes) => bytes >= PAGE_BYTES, "too small; it takes at least a page, 4K")
   .refine((bytes) => bytes % PAGE_BYTES === 0, "not a whole number of pages of 4K")
   .refine(Number.isSafeInteger, "too large");
+
+const granule = size(1)
+  .refine((bytes) => bytes >= PAGE_BYTES && bytes <= GRANULE_MAX_BYTES, "4K to 2M are possible")
+  .refine((bytes) => Number.isInteger(Math.log2(bytes)), "not a power of two");
 
 const softIommuKeys = z.strictObject({
   entries: wholeNumber(1, 2 ** 20).optional(),
@@ -265,6 +285,7 @@ function parseDmaLimits(
   texts: readonly string[],
   assignments: readonly ParsedAssignment[],
   memoryBytes: number,
+  granuleBytes: number,
 ): Map<number, number> {
   const assigned = assignments.map(({ name }) => name);
   const limits = new Map<number, number>();
@@ -280,13 +301,19 @@ function parseDmaLimits(
       );
     }
     limits.set(index, bytes);
-    const pinned = assignments.find(
-      (each, i) => each.policy === "pinned" && (index === i || index < 0) && bytes < memoryBytes,
-    );
+    const limited = assignments.filter((_, i) => index === i || index < 0);
+    const pinned = limited.find((each) => each.policy === "pinned" && bytes < memoryBytes);
     if (pinned !== undefined) {
       throw new UsageError(
         `${about}: too small for ${pinned.name}, whose policy pinned pins all ${sizeText(memoryBytes)} of RAM; ` +
           "raise it or use --dma strict",
+      );
+    }
+    const cached = limited.find((each) => each.policy === "cached" && bytes < granuleBytes);
+    if (cached !== undefined) {
+      throw new UsageError(
+        `${about}: too small for ${cached.name}, whose policy cached maps ${sizeText(granuleBytes)} at a time; ` +
+          "raise it or lower --dma-granule",
       );
     }
   }
@@ -375,7 +402,8 @@ export function parseCommandLine(args: readonly string[]): Command {
   const memoryBytes = checked(memory, "--memory", values.memory, values.memory);
   const assignments: ParsedAssignment[] = [];
   for (const text of values.assign) assignments.push(parseAssignment(text, dma, assignments));
-  const limits = parseDmaLimits(values["dma-limit"], assignments, memoryBytes);
+  const granuleBytes = checked(granule, "--dma-granule", values["dma-granule"], values["dma-granule"]);
+  const limits = parseDmaLimits(values["dma-limit"], assignments, memoryBytes, granuleBytes);
   return {
     run: {
       ...(image === undefined ? {} : { image }),
@@ -387,6 +415,8 @@ export function parseCommandLine(args: readonly string[]): Command {
       memoryBytes,
       assignments: assignments.map((each, i) => ({ ...each, limitBytes: limits.get(i) ?? 0 })),
       limitBytes: limits.get(-1) ?? 0,
+      granuleBytes,
+      idleSeconds: checked(wholeNumber(0, 86400), "--dma-idle", values["dma-idle"], values["dma-idle"]),
       softIommu: parseSoftIommu(values["emul-iommu"], assignments),
       injections: parseInjections(
         values.inject,
@@ -407,6 +437,8 @@ const parse = (args: readonly string[]) =>
       assign: { type: "string", multiple: true, default: [] },
       dma: { type: "string", default: "strict" },
       "dma-limit": { type: "string", multiple: true, default: [] },
+      "dma-granule": { type: "string", default: DEFAULT_GRANULE },
+      "dma-idle": { type: "string", default: DEFAULT_IDLE },
       "emul-iommu": { type: "string", multiple: true, default: [] },
       inject: { type: "string", multiple: true, default: [] },
       tell: { type: "string" },

@@ -2,6 +2,7 @@
 // checked is checked before anything is touched, and everything is undone in reverse, however the guest ends.
 
 import { closeSync, openSync } from "node:fs";
+import { setImmediate } from "node:timers/promises";
 import { MAX_EXACT } from "../hypercalls/addresses.js";
 import {
   createEngineState,
@@ -40,12 +41,16 @@ import { assignSlots } from "./pci/slots.js";
 import { VfioPciFunction } from "./pci/vfio-pci.js";
 import { defaultStatsDir, StatsDirectory } from "./stats-dir.js";
 import { CONSTANT } from "./sys/kvm.js";
+import { createTable, openTable, type TableDescription } from "./tracking-table.js";
 import { type Assignment, OpenAssignments, prepareAssignments } from "./vfio/assign.js";
 import { DeviceEvents } from "./vfio/events.js";
 import { assignableGroup } from "./vfio/sysfs.js";
 
 /** Signals that end the guest in good order. */
 const END_SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
+
+/** Granules that are looked at before vCPUs and terminal get their turn: some hundred microseconds of a domain's lock. */
+const SWEEP_GRANULES = 32;
 
 /** A guest that faults so early, so often in a row, will never do anything else. */
 const EARLY_FAULT_MS = 1000;
@@ -75,12 +80,20 @@ interface Guest {
   readonly supportedCpuid: readonly CpuidEntry[];
   readonly ram: RamDescription;
   readonly memory: GuestMemory;
+  /** The tracking tables of domains with policy cached, by the domains' labels. */
+  readonly tables: ReadonlyMap<string, TableDescription>;
   readonly stats: Statistics;
   readonly ending: Ending;
   /** Rules of failures on demand, with their counts: they go on over a reboot. */
   readonly injection: SharedArrayBuffer;
+  readonly hooks: Hooks;
   /** Devices whose limits were looked at: a reboot does not say it again. */
   readonly warned: Set<string>;
+}
+
+/** What somebody outside a life of the machine tells it. */
+interface Hooks {
+  injectionChanged: () => void;
 }
 
 /** Wishes to end, from outside the guest: they outlive a reboot, and come at any time. */
@@ -155,17 +168,25 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
     const kvm = Kvm.open();
     cleanup.add(() => kvm.close());
     const supportedCpuid = kvm.supportedCpuid();
-    const plan = planMemory({ memoryBytes: options.memoryBytes, physicalBits: physicalBits(supportedCpuid) });
+    const cached = cachedDomains(devices);
+    const plan = planMemory({
+      memoryBytes: options.memoryBytes,
+      physicalBits: physicalBits(supportedCpuid),
+      tables: cached.length,
+    });
 
-    // 3. Guest RAM. It stays mapped until the process ends.
+    // 3. Guest RAM, and what tracks it. They stay mapped until the process ends.
     const ram = createRam(plan.ram);
     cleanup.add(() => closeSync(ram.fd));
+    const tables = new Map(cached.map((label, i) => [label, createTable(plan.tables[i]!)]));
+    for (const { fd } of tables.values()) cleanup.add(() => closeSync(fd));
 
     raiseOpenFilesLimit();
     const stats = new Statistics(ramBytes(ram));
     const injection = createInjection();
     const controlled = { injector: new Injector(injection), assigned: devices.map(({ name }) => name) };
-    await openFigures(options, stats, controlled, cleanup);
+    const hooks: Hooks = { injectionChanged: () => undefined };
+    await openFigures(options, stats, controlled, hooks, cleanup);
     if (options.stats) cleanup.add(() => printStatistics(stats));
 
     const memory = new GuestMemory(ram);
@@ -178,9 +199,11 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
       supportedCpuid,
       ram,
       memory,
+      tables,
       stats,
       ending,
       injection,
+      hooks,
       warned: new Set(),
     };
     addInjections(options.injections, controlled);
@@ -238,6 +261,11 @@ function prepareDevices({ assignments, cpus }: Options): AssignedDevice[] {
   });
 }
 
+/** The labels of the domains that are cached. */
+const cachedDomains = (devices: readonly AssignedDevice[]): string[] => [
+  ...new Set(devices.filter(({ options }) => options.policy === "cached").map(({ domain }) => domain)),
+];
+
 /** Rules of the command line: there are no others yet, so there is room for them. */
 function addInjections(specs: Options["injections"], { injector, assigned }: Controlled): void {
   for (const spec of specs) injector.add(ruleOf(spec, assigned, "--inject"));
@@ -294,6 +322,7 @@ async function openFigures(
   options: Options,
   stats: Statistics,
   controlled: Controlled,
+  hooks: Hooks,
   cleanup: Cleanup,
 ): Promise<void> {
   const path = options.statsDir ?? defaultStatsDir(process.env, process.pid);
@@ -312,7 +341,11 @@ async function openFigures(
     return;
   }
   try {
-    const control = await ControlSocket.open(path, (line) => answer(line, controlled));
+    const control = await ControlSocket.open(path, (line) => {
+      const said = answer(line, controlled);
+      hooks.injectionChanged();
+      return said;
+    });
     cleanup.add(() => control.close());
   } catch (error) {
     // Figures and guest do without it; not every file system has sockets.
@@ -337,7 +370,9 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     cleanup.add(() => vm.close());
     const machine = new Machine(kvm, vm);
     guest.ending.watch(machine);
-    for (const piece of ram.slots) vm.addMemslot(piece.gpa, piece.bytes, piece.hva);
+    for (const piece of [...ram.slots, ...guest.tables.values()]) {
+      vm.addMemslot(piece.gpa, piece.bytes, piece.hva);
+    }
     addPowerPorts(
       machine,
       () => machine.stop({ kind: "power-off" }),
@@ -364,7 +399,13 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     const lanes = guest.stats.lanes ?? fresh.lanes;
     const state = { ...fresh, lanes, injection: guest.injection };
     const backends = config.domains.map((_, index) => domains[index]?.handle ?? NO_CONTAINER);
-    const engine = new Engine(state, (domain) => openBackend(backends[domain]!), options.cpus);
+    const tables = config.domains.map((_, index) => guest.tables.get(domains[index]?.label ?? ""));
+    const engine = new Engine(
+      state,
+      (domain) => openBackend(backends[domain]!),
+      options.cpus,
+      (domain) => openTable(tables[domain]!),
+    );
     cleanup.add(() => {
       // Nobody can take a lock that a lost thread held; the containers' end undoes every mapping as well.
       if (machine.threadLost) return;
@@ -375,6 +416,8 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     for (const name of guest.gone) engine.removeDevice(handleOf(guest, name));
     warnOfSmallRoom(guest, config);
     mapPinned(engine);
+    engine.injectionChanged();
+    guest.hooks.injectionChanged = () => engine.injectionChanged();
 
     // 7. The devices, reset, on the guest's PCI bus.
     const bus = new PciBus(machine, pciLayout(plan), warn);
@@ -429,6 +472,9 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     const start = prepareLinux(images, plan, acpi.rsdp);
     for (const write of [...start.writes, ...acpi.writes]) load(guest.memory, write);
 
+    const sweeper = new IdleSweeper(engine, options.idleSeconds);
+    cleanup.add(() => sweeper.stop());
+
     // 9. The vCPUs run, the terminal is the guest's.
     const terminal = new Console(process.stdin, process.stdout, () => guest.ending.ask({ kind: "left" }));
     terminal.attach(machine.serial);
@@ -439,6 +485,7 @@ async function runMachine(guest: Guest): Promise<Outcome> {
       ram,
       engine: state,
       backends,
+      tables,
       emulated: emulated.links,
       cpuid: (apicId) => vcpuCpuid(guest.supportedCpuid, { apicId, cpus: options.cpus, tscDeadline }),
       registers: start.registers,
@@ -450,6 +497,31 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     });
   } finally {
     await cleanup.run();
+  }
+}
+
+/** Looks every so often at what is cached, and gives back what has been idle since the last time. */
+class IdleSweeper {
+  private readonly timer: NodeJS.Timeout | undefined;
+  private sweeping: Promise<void> = Promise.resolve();
+  private stopped = false;
+
+  /** 0 seconds: never. */
+  constructor(engine: Engine, seconds: number) {
+    if (seconds === 0) return;
+    const pause = async () => {
+      await setImmediate();
+      return !this.stopped;
+    };
+    this.timer = setInterval(() => {
+      this.sweeping = this.sweeping.then(() => engine.sweep(SWEEP_GRANULES, pause));
+    }, seconds * 1000);
+  }
+
+  async stop(): Promise<void> {
+    this.stopped = true;
+    clearInterval(this.timer);
+    await this.sweeping;
   }
 }
 
@@ -484,7 +556,10 @@ function engineConfig(guest: Guest, open: readonly OpenDomain[]): EngineConfig {
   const labels = open.map(({ label }) => label);
   const domains = open.map(({ label, limits }): DomainConfig => {
     const { policy } = guest.devices.find((device) => device.domain === label)!.options;
-    return { kind: DOMAIN_KINDS[policy]!, limits };
+    const kind = DOMAIN_KINDS[policy]!;
+    const tableGpa = guest.tables.get(label)?.gpa;
+    if (tableGpa === undefined) return { kind, limits };
+    return { kind, limits, cached: { tableGpa, granuleBytes: guest.options.granuleBytes } };
   });
   return {
     ram: guest.ram.slots.map(({ gpa, bytes, hva }) => ({ gpa, bytes, hva })),

@@ -6,6 +6,7 @@ import type { EngineState } from "../hypercalls/engine.js";
 import type { BackendHandle } from "./dma-backend.js";
 import type { LinkState } from "./emul/link.js";
 import type { RamDescription } from "./guest-memory.js";
+import type { TableDescription } from "./tracking-table.js";
 
 /** Everything a Worker needs to run one vCPU; structured-cloneable. */
 export interface VcpuJob {
@@ -19,6 +20,8 @@ export interface VcpuJob {
   readonly engine: EngineState;
   /** What is behind each DMA domain, by domain id. */
   readonly backends: readonly BackendHandle[];
+  /** The tracking tables of those that are cached, by domain id. */
+  readonly tables: readonly (TableDescription | undefined)[];
   /** Which addresses are registers of emulated devices, and the devices by their numbers. */
   readonly registerMap: SharedArrayBuffer;
   readonly emulated: readonly LinkState[];

@@ -16,6 +16,7 @@ import { errnoName, gettid, ioctl } from "./native/libc.js";
 import { REGISTER, RunArea } from "./run-area.js";
 import { MMIO_READ, MMIO_WRITE, PIO_READ, PIO_WRITE, SlowExitCaller } from "./slow-exit.js";
 import { CONSTANT, IOCTL } from "./sys/kvm.js";
+import { openTable } from "./tracking-table.js";
 import { PioTransport } from "./transport-pio.js";
 import {
   CONTROL_STOP,
@@ -48,7 +49,12 @@ class Vcpu {
     this.run = new RunArea(job.runAddress, job.runBytes);
     this.control = controlWords(job.control);
     this.exits = exitCounters(job.control);
-    const engine = new Engine(job.engine, (domain) => openBackend(job.backends[domain]!), job.index);
+    const engine = new Engine(
+      job.engine,
+      (domain) => openBackend(job.backends[domain]!),
+      job.index,
+      (domain) => openTable(job.tables[domain]!),
+    );
     this.calls = new PioTransport(this.run, new Dispatcher(engine, new GuestMemory(job.ram)));
     this.serial = new Serial(job.serial, irqLine(job.vmFd, COM1.gsi), () => port.postMessage(RING_SERIAL));
     this.config = new ConfigPorts(job.configAddress);

@@ -106,7 +106,8 @@ static void leaves_of(u32 base)
 
 static const struct pvdma_host host = {
 	.version = PVDMA_ABI_VERSION,
-	.features = PVDMA_FEATURE_LIST | PVDMA_FEATURE_RELEASE, .port = PVDMA_PORT,
+	.features = PVDMA_FEATURE_LIST | PVDMA_FEATURE_RELEASE | PVDMA_FEATURE_TABLE,
+	.port = PVDMA_PORT,
 	.list_entries = PVDMA_LIST_ENTRIES, .map_pages = PVDMA_MAP_PAGES_MAX,
 };
 
@@ -289,6 +290,127 @@ static void releases(void)
 	EQUAL(pvdma_release(&host, &counters, 3, &released), status(PVDMA_STATUS_LIMIT, 71));
 	EQUAL(released.mappings, 9);
 	EQUAL(counters.errors[PVDMA_STATUS_LIMIT], 1);
+}
+
+#define TABLE_PAGES	16u
+#define PINNED		PVDMA_TABLE_PINNED
+#define USED		PVDMA_TABLE_USED
+
+static u32 entries[TABLE_PAGES];
+static const struct pvdma_table table = { .entries = entries, .pages = TABLE_PAGES };
+
+static void finds_the_table(void)
+{
+	const struct pvdma_host old = { .features = PVDMA_FEATURE_LIST };
+	struct pvdma_table found = { 0 };
+
+	step(ASKED(PVDMA_CALL_TABLE, .rdi = 3), ANSWER(0, .rdi = 0x100000000, .rsi = 0x20000));
+	EQUAL(pvdma_find_table(&host, &counters, 3, false, &found), 0);
+	EQUAL(found.gpa, 0x100000000);
+	EQUAL(found.pages, 0x20000);
+
+	step(ASKED(PVDMA_CALL_TABLE, .rdi = 3, .rsi = 1), ANSWER(status(PVDMA_STATUS_LIMIT, 71), .rdi = 9));
+	EQUAL(pvdma_find_table(&host, &counters, 3, true, &found), status(PVDMA_STATUS_LIMIT, 71));
+	EQUAL(found.gpa, 0x100000000);
+	EQUAL(counters.errors[PVDMA_STATUS_LIMIT], 1);
+
+	EQUAL(pvdma_find_table(&old, &counters, 3, true, &found), PVDMA_STATUS_INVALID);
+}
+
+static void counts_in_the_table(void)
+{
+	bool missing = false;
+	u32 i;
+
+	/* nothing is pinned: the host has to be called; every page that is touched counts */
+	EQUAL(pvdma_table_count(&table, 0x1fff, 2, &missing), true);
+	EQUAL(missing, true);
+	EQUAL(entries[1], 1);
+	EQUAL(entries[2], 1);
+	EQUAL(entries[3], 0);
+
+	/* pinned, and the host is told that it is used */
+	entries[1] |= PINNED;
+	entries[2] |= PINNED | USED;
+	missing = false;
+	EQUAL(pvdma_table_count(&table, 0x1000, 0x2000, &missing), true);
+	EQUAL(missing, false);
+	EQUAL(entries[1], PINNED | USED | 2);
+	EQUAL(entries[2], PINNED | USED | 2);
+
+	/* one of two */
+	EQUAL(pvdma_table_count(&table, 0x2000, 0x1001, &missing), true);
+	EQUAL(missing, true);
+
+	EQUAL(pvdma_table_uncount(&table, 0x2000, 0x1001), 0);
+	EQUAL(pvdma_table_uncount(&table, 0x1000, 0x2000), 0);
+	EQUAL(pvdma_table_uncount(&table, 0x1fff, 2), 0);
+	EQUAL(entries[1], PINNED | USED);
+	EQUAL(entries[2], PINNED | USED);
+	EQUAL(entries[3], 0);
+
+	/* what is not counted is not taken, nor anything from its neighbours' bits */
+	EQUAL(pvdma_table_uncount(&table, 0x1000, 0x3000), 3);
+	EQUAL(entries[1], PINNED | USED);
+	EQUAL(entries[3], 0);
+	for (i = 4; i < TABLE_PAGES; i++)
+		EQUAL(entries[i], 0);
+}
+
+static void the_table_has_an_end(void)
+{
+	bool missing = false;
+	u32 i;
+
+	EQUAL(pvdma_table_count(&table, (TABLE_PAGES - 1) * 4096ull, 4096, &missing), true);
+	EQUAL(pvdma_table_count(&table, (TABLE_PAGES - 1) * 4096ull, 4097, &missing), false);
+	EQUAL(pvdma_table_count(&table, TABLE_PAGES * 4096ull, 1, &missing), false);
+	EQUAL(pvdma_table_count(&table, ~0ull, 1, &missing), false);
+	EQUAL(pvdma_table_count(&table, 0, ~0ull, &missing), false);
+	EQUAL(pvdma_table_uncount(&table, (TABLE_PAGES - 1) * 4096ull, 4097), 1);
+	for (i = 0; i < TABLE_PAGES; i++)
+		EQUAL(entries[i], 0);
+}
+
+static void counts_do_not_overflow(void)
+{
+	bool missing = false;
+
+	entries[4] = PINNED | USED;
+	entries[5] = PINNED | USED | PVDMA_TABLE_COUNT_MAX;
+	EQUAL(pvdma_table_count(&table, 0x4000, 0x3000, &missing), false);
+	EQUAL(missing, false);
+	EQUAL(entries[4], PINNED | USED);
+	EQUAL(entries[5], PINNED | USED | PVDMA_TABLE_COUNT_MAX);
+	EQUAL(entries[6], 0);
+	entries[5]--;
+	EQUAL(pvdma_table_count(&table, 0x5000, 1, &missing), true);
+}
+
+static void maps_what_is_counted(void)
+{
+	struct pvdma_list list;
+
+	pvdma_list_start(&list, page, PVDMA_LIST_ENTRIES, PVDMA_MAP_PAGES_MAX, ~0ull);
+	pvdma_list_add(&list, 0x5010, 16);
+	step(ASKED(PVDMA_CALL_MAP, .rdi = 1, .rsi = 0x5010, .r8 = 16, .r9 = ~0ull,
+		   .r10 = RW | PVDMA_MAP_COUNTED), ANSWER(0, .rdi = 0x5010));
+	EQUAL(pvdma_map_counted(&host, &counters, 1, &list, PAGE_GPA, ~0ull, RW), 0);
+
+	pvdma_list_add(&list, 0x9000, 4096);
+	step(ASKED(PVDMA_CALL_MAP_LIST, .rdi = 1, .rsi = PAGE_GPA, .r8 = 2, .r9 = ~0ull,
+		   .r10 = RW | PVDMA_MAP_COUNTED),
+	     ANSWER(status(PVDMA_STATUS_RETRY, 11), .rsi = 0));
+	step(ASKED(PVDMA_CALL_MAP_LIST, .rdi = 1, .rsi = PAGE_GPA, .r8 = 2, .r9 = ~0ull,
+		   .r10 = RW | PVDMA_MAP_COUNTED),
+	     ANSWER(status(PVDMA_STATUS_LIMIT, 28), .rsi = 1));
+	EQUAL(pvdma_map_counted(&host, &counters, 1, &list, PAGE_GPA, ~0ull, RW),
+	      status(PVDMA_STATUS_LIMIT, 28));
+	EQUAL(counters.retries, 1);
+	EQUAL(counters.errors[PVDMA_STATUS_LIMIT], 1);
+	/* the caller counts mappings: most need no call */
+	EQUAL(counters.outstanding, 0);
+	EQUAL(counters.maps, 0);
 }
 
 /* A mapping of the size offered, however scattered, beside half of all and the pools. */
@@ -852,6 +974,11 @@ static const struct {
 	TEST(asks_for_devices),
 	TEST(gets_along_with_a_1_0_host),
 	TEST(releases),
+	TEST(finds_the_table),
+	TEST(counts_in_the_table),
+	TEST(the_table_has_an_end),
+	TEST(counts_do_not_overflow),
+	TEST(maps_what_is_counted),
 	TEST(mappings_fit_the_limits),
 	TEST(maps_and_unmaps),
 	TEST(repeats_when_told),

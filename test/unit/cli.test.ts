@@ -60,7 +60,15 @@ const usage: readonly (readonly [args: string[], message: string])[] = [
   [["--memory", "4M", "a"], "--memory 4M: too small; a guest needs at least 16M"],
   [["--memory", "8T", "a"], "--memory 8T: too large; it has to be less than 8T"],
   [["--memory", "20000K", "a"], "--memory 20000K: not a whole number of MiB"],
-  [["--dma", "open", "a"], "--dma open: not a policy; there are strict and pinned"],
+  [["--dma", "open", "a"], "--dma open: not a policy; there are strict, cached and pinned"],
+  [["--dma-granule", "2K", "a"], "--dma-granule 2K: 4K to 2M are possible"],
+  [["--dma-granule", "4M", "a"], "--dma-granule 4M: 4K to 2M are possible"],
+  [["--dma-granule", "12K", "a"], "--dma-granule 12K: not a power of two"],
+  [["--dma-idle", "86401", "a"], "--dma-idle 86401: not a whole number from 0 to 86400"],
+  [
+    ["--dma", "cached", "--assign", "02:00.0", "--dma-limit", "32K", "a"],
+    "--dma-limit 32K: too small for 0000:02:00.0, whose policy cached maps 64K at a time; raise it or lower --dma-granule",
+  ],
   [["--assign", "", "a"], "--assign : names no device; give a BDF such as 0000:02:00.0, or emul:edu"],
   [
     ["--assign", "somewhere", "a"],
@@ -307,12 +315,22 @@ test("options become what they say", () => {
         { kind: "vfio", name: "0000:03:00.0", policy: "pinned", ownDomain: true, limitBytes: 0 },
       ],
       limitBytes: 0,
+      granuleBytes: 65536,
+      idleSeconds: 30,
       softIommu: {},
       injections: [],
       stats: true,
       reboot: false,
     },
   });
+});
+
+test("policy cached: granule and idle time", () => {
+  const parsed = parseCommandLine("--dma cached --assign 02:00.0 --dma-granule 2M --dma-idle 0 a".split(" "));
+  assert.ok("run" in parsed);
+  assert.is(parsed.run.assignments[0]!.policy, "cached");
+  assert.is(parsed.run.granuleBytes, 2 ** 21);
+  assert.is(parsed.run.idleSeconds, 0);
 });
 
 test("emulated devices: keys of their own, names by their order, limits and rules by their names", () => {

@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { suite } from "uvu";
 import {
   ABI_VERSION,
+  CALL_NAMES,
   CALLS,
   type CallName,
   FEATURE,
@@ -62,7 +63,7 @@ const calls = suite("dispatcher");
 
 calls("probe tells version, features, page sizes, quota, and writes the ranges where it is told to", () => {
   const { call, memory } = makeGuest();
-  const offer = [0, ABI_VERSION, FEATURE.list | FEATURE.release, 0x40201000, 0];
+  const offer = [0, ABI_VERSION, FEATURE.list | FEATURE.release | FEATURE.table, 0x40201000, 0];
   assert.deepEqual(call("probe", [ABI_VERSION, 0]), [...offer, 0]);
   assert.deepEqual(call("probe", [ABI_VERSION, CALL_PAGE]), [...offer, RANGES.length]);
   const words = memory.page(CALL_PAGE);
@@ -173,9 +174,15 @@ calls("bad call pages and counts are refused, entries done is 0, nothing is read
   }
 });
 
+calls("table: a device without one is told so, and other registers keep what they held", () => {
+  const { call } = makeGuest();
+  assert.deepEqual(call("table", [1, 1, 8, 9, 10]), [0, 0, 0, 8, 9, 10]);
+  assert.deepEqual(call("table", [9, 1, 8, 9, 10]), [INVALID(ERRNO.ENODEV), 9, 1, 8, 9, 10]);
+});
+
 calls("an unknown call is ENOSYS, a caller outside the guest's kernel is EPERM, before anything else", () => {
   const { call, engine, backends } = makeGuest();
-  for (const number of [0, 8, 255, 2 ** 32 - 1]) {
+  for (const number of [0, CALL_NAMES.length + 1, 255, 2 ** 32 - 1]) {
     assert.deepEqual(call(number, [1, 2, 3, 4, 5]), [INVALID(ERRNO.ENOSYS), 1, 2, 3, 4, 5]);
   }
   assert.equal(stat(engine, "hypercalls/refused/unknown"), 4);

@@ -21,7 +21,8 @@ import {
   reach,
   stat,
 } from "./support/engine-fixture.js";
-import { OwnerTable, type WorkerJob } from "./support/engine-worker.js";
+import type { WorkerJob } from "./support/engine-worker.js";
+import { OwnerTable } from "./support/owner-table.js";
 import { SOAK } from "./support/random.js";
 
 const { read, write, align } = MAP_FLAG;

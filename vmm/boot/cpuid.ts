@@ -2,7 +2,7 @@
 // Pure: entries in, entries out. Register values are unsigned 32-bit numbers.
 // Source: Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E; Documentation/virt/kvm/x86/cpuid.rst.
 
-import { ABI_VERSION, CPUID as DISCOVERY, FEATURE, LIMITS, PORT } from "../../hypercalls/abi.js";
+import { ABI_VERSION, CPUID as DISCOVERY, FEATURES, LIMITS, PORT } from "../../hypercalls/abi.js";
 
 /** struct kvm_cpuid_entry2. `flags` bit 0 (SIGNIFCANT_INDEX): `index` is ECX of the request. */
 export interface CpuidEntry {
@@ -43,7 +43,7 @@ export function vcpuCpuid(supported: readonly CpuidEntry[], vcpu: VcpuIdentity):
   return [
     ...kept.map((entry) => adapt(entry, vcpu, amd)),
     ...TOPOLOGY_LEAVES.filter((leaf) => leaf <= highest).flatMap((leaf) => topologyLeaf(leaf, vcpu)),
-    ...discoveryBlock(vcpu.features ?? FEATURE.list | FEATURE.release),
+    ...discoveryBlock(vcpu.features ?? FEATURES),
   ];
 }
 

@@ -8,6 +8,8 @@
 //                  ├──────────────────────────────┤
 //                  │ unused                       │
 //                  ├──────────────────────────────┤
+//                  │ tracking tables              │ of policy cached: 4 bytes per page, on 2 MiB
+//                  ├──────────────────────────────┤
 //                  │ high RAM                     │ what --memory has beyond 3 GiB
 //      1_0000_0000 ├──────────────────────────────┤ 4 GiB
 //        FEFF_C000 │ KVM: identity map, TSS       │ 4 pages, Intel only but always set aside
@@ -67,6 +69,11 @@ const KVM_PRIVATE: GpaRange = { gpa: KVM_IDENTITY_MAP_GPA, bytes: 4 * PAGE_BYTES
 /** The structures below 1 MiB and a first page to run on. Linux wants far more and is asked separately. */
 const MEMORY_MIN_BYTES = 2 * MiB;
 
+/** Where tracking tables begin: a guest maps them by large pages then. */
+const TABLE_ALIGN_BYTES = 2 * MiB;
+/** What the view of a table can hold (see native/memory-window.ts): an entry for each page of 1 TiB. */
+const TABLE_MAX_BYTES = GiB;
+
 /** A piece of guest RAM: `bytes` bytes at `gpa`, which are those from `offset` on in the memory the VMM allocates. */
 export interface RamRange extends GpaRange {
   readonly offset: number;
@@ -85,16 +92,21 @@ export interface MemoryPlan {
   readonly lowRamEnd: Gpa;
   readonly mmio32: GpaRange;
   readonly mmio64: GpaRange;
+  /** As many as were asked for, each with an entry for every page frame up to RAM's end. */
+  readonly tables: readonly GpaRange[];
   readonly e820: readonly E820Entry[];
 }
 
 /**
  * Places `memoryBytes` of RAM (a multiple of 4 KiB) in a guest whose addresses have `physicalBits` bits (see
- * cpuid.ts). Throws a VmmError when the memory is too small for any guest, not whole pages, or does not fit the width.
+ * cpuid.ts). Throws a VmmError when the memory is too small for any guest, not whole pages, does not fit the width, or
+ * is more than tracking tables can have entries for.
  */
 export function planMemory(want: {
   readonly memoryBytes: number;
   readonly physicalBits: number;
+  /** Tracking tables; default none. */
+  readonly tables?: number;
 }): MemoryPlan {
   const { memoryBytes, physicalBits } = want;
   if (!(memoryBytes >= MEMORY_MIN_BYTES)) {
@@ -111,9 +123,23 @@ export function planMemory(want: {
   const lowBytes = Math.min(memoryBytes, LOW_RAM_MAX_BYTES);
   const highBytes = memoryBytes - lowBytes;
 
+  const ramEnd = highBytes > 0 ? HIGH_RAM_GPA + highBytes : lowBytes;
+  const tableBytes = roundUp((ramEnd / PAGE_BYTES) * 4, PAGE_BYTES);
+  const tableStep = roundUp(tableBytes, TABLE_ALIGN_BYTES);
+  const tablesStart = roundUp(HIGH_RAM_GPA + highBytes, TABLE_ALIGN_BYTES);
+  const tables = Array.from(
+    { length: want.tables ?? 0 },
+    (_, i): GpaRange => ({ gpa: gpa(tablesStart + i * tableStep), bytes: tableBytes }),
+  );
+  if (tables.length > 0 && tableBytes > TABLE_MAX_BYTES) {
+    throw new VmmError(
+      `memory of ${inMiB(memoryBytes)} is more than policy cached can keep track of: use --dma strict or pinned for assigned devices`,
+    );
+  }
+
   const addressEnd = 2 ** physicalBits;
   const windowBytes = Math.min(addressEnd / 4, TiB);
-  const windowStart = roundUp(HIGH_RAM_GPA + highBytes, windowBytes);
+  const windowStart = roundUp(tablesStart + tables.length * tableStep, windowBytes);
   if (windowStart + windowBytes > addressEnd) {
     const most = addressEnd - windowBytes - HIGH_RAM_GPA + LOW_RAM_MAX_BYTES;
     throw new VmmError(
@@ -131,6 +157,7 @@ export function planMemory(want: {
     { ...KVM_PRIVATE, type: "reserved" },
   ];
   if (highBytes > 0) e820.push({ gpa: HIGH_RAM_GPA, bytes: highBytes, type: "ram" });
+  for (const table of tables) e820.push({ ...table, type: "reserved" });
   return {
     memoryBytes,
     physicalBits,
@@ -138,6 +165,7 @@ export function planMemory(want: {
     lowRamEnd: gpa(lowBytes),
     mmio32: MMIO32,
     mmio64: { gpa: gpa(windowStart), bytes: windowBytes },
+    tables,
     e820,
   };
 }

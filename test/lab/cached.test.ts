@@ -1,0 +1,137 @@
+// Policy cached, from a driver's map to the IOMMU: pages stay mapped, so that most maps need no call; the host takes back
+// what is idle and what it needs; limits and failures on demand reach the driver as they do under policy strict.
+
+import * as assert from "uvu/assert";
+import { sized } from "../soak.js";
+import {
+  assertNoComplaints,
+  assertReads,
+  assignedDisk,
+  DEEP_QUEUE,
+  emulatedDisks,
+  endDriven,
+  loadNvme,
+  startDriven,
+  type TestedDisk,
+  verify,
+} from "./recovery.js";
+import { LabSuite, MiB, type RunningVmm } from "./support.js";
+
+const DISK_MIB = sized(8, 64);
+const lab = new LabSuite("cached", { diskBytes: DISK_MIB * MiB });
+
+/** Calls that map, so far. */
+async function mapCalls(vmm: RunningVmm): Promise<number> {
+  return (await vmm.guestStatistics()).get("hypercall_map")!;
+}
+
+/** Takes the driver away: nothing may be mapped or counted then. */
+async function assertNothingLeft(vmm: RunningVmm): Promise<void> {
+  await vmm.sh("modprobe -r nvme");
+  const figures = await vmm.settledStatistics(
+    new Map([
+      ["dma/mapped_bytes", 0],
+      ["dma/pinned_bytes", 0],
+      ["dma/entries", 0],
+    ]),
+  );
+  for (const [name, value] of figures) assert.is(value, 0, name);
+  for (const [name, value] of await vmm.guestStatistics())
+    if (/\/(outstanding|leaked|stuck)$/.test(name)) assert.is(value, 0, name);
+}
+
+async function emulated(): Promise<TestedDisk> {
+  return (await emulatedDisks(lab.host, DISK_MIB * MiB))[0]!;
+}
+
+for (const [what, disk] of [
+  ["an assigned disk", async () => assignedDisk(lab)],
+  ["an emulated disk", emulated],
+] as const) {
+  lab.test(`${what}: the data is right, and once its buffers are mapped there are no calls`, async () => {
+    const tested = await disk();
+    const vmm = await startDriven(tested.host, [tested.assign], { args: ["--dma", "cached"] });
+    const [path] = await loadNvme(vmm);
+    await assertReads(vmm, tested, path!);
+    await verify(vmm, path!, `--bs=4k --iodepth=16 --size=${DISK_MIB}M`);
+    await assertReads(vmm, tested, path!);
+    // The same small file of buffers over and over.
+    const before = await mapCalls(vmm);
+    const ios = await verify(vmm, path!, "--bs=4k --iodepth=16 --size=1M --loops=4 --iomem=malloc");
+    const calls = (await mapCalls(vmm)) - before;
+    console.log(`    ${calls} calls for ${ios} I/Os`);
+    assert.ok(calls < ios / 4, `${calls} calls for ${ios} I/Os`);
+    const host = await vmm.statistics();
+    assert.is(host.get("hypercall_unmap"), 0);
+    assert.ok(host.get("dma/pinned_bytes")! > 0);
+    await assertNoComplaints(vmm);
+    await assertNothingLeft(vmm);
+    await endDriven(vmm);
+  });
+}
+
+lab.test("what is idle is given back, and mapped again when it is needed", async () => {
+  const disk = assignedDisk(lab);
+  const vmm = await startDriven(disk.host, [disk.assign], { args: ["--dma", "cached", "--dma-idle", "2"] });
+  const [path] = await loadNvme(vmm);
+  await assertReads(vmm, disk, path!);
+  const busy = (await vmm.statistics()).get("dma/peak_pinned_bytes")!;
+  // Its queues stay: they are mapped for as long as it has a driver.
+  await vmm.sh("sleep 8");
+  const idle = (await vmm.statistics()).get("dma/pinned_bytes")!;
+  console.log(`    pinned: ${busy / MiB} MiB at most, ${idle / MiB} MiB when idle`);
+  assert.ok(idle > 0 && idle < MiB && idle < busy / 2, `${idle} bytes of ${busy} stay pinned`);
+  await assertReads(vmm, disk, path!);
+  await verify(vmm, path!, "--bs=4k --iodepth=16 --size=1M");
+  await assertNoComplaints(vmm);
+  await assertNothingLeft(vmm);
+  await endDriven(vmm);
+});
+
+lab.test(
+  "a quota that is smaller than what is used: the host reclaims all the time, and every byte is right",
+  async () => {
+    const disk = assignedDisk(lab);
+    const args = ["--dma", "cached", "--dma-granule", "4K", "--dma-limit", "1M", "--cpus", "4"];
+    const vmm = await startDriven(disk.host, [disk.assign], { args });
+    const [path] = await loadNvme(vmm);
+    await assertReads(vmm, disk, path!);
+    const ios = await verify(vmm, path!, `${DEEP_QUEUE} --bsrange=4k-64k --size=${DISK_MIB}M`);
+    await assertReads(vmm, disk, path!);
+    const host = await vmm.statistics();
+    console.log(
+      `    ${ios} I/Os; ${host.get("dma/evicted")} granules reclaimed, ` +
+        `${host.get("dma/limit_hits")} of ${host.get("hypercall_map")} map calls failed`,
+    );
+    assert.ok(host.get("dma/evicted")! > 0);
+    assert.ok(host.get("dma/peak_pinned_bytes")! <= MiB);
+    await assertNoComplaints(vmm);
+    await assertNothingLeft(vmm);
+    await endDriven(vmm);
+  },
+);
+
+lab.test("failures on demand strike every map, whether it is cached or not", async () => {
+  const disk = assignedDisk(lab);
+  const vmm = await startDriven(disk.host, [disk.assign], { args: ["--dma", "cached"] });
+  const [path] = await loadNvme(vmm);
+  await assertReads(vmm, disk, path!);
+  await vmm.tell("inject", "map,p=0.1");
+  const ios = await verify(vmm, path!, "--bs=4k --iodepth=16 --size=2M");
+  const [matched, struck] = /\(matched (\d+), struck (\d+)\)/
+    .exec(await vmm.tell("inject"))!
+    .slice(1)
+    .map(Number);
+  await vmm.tell("uninject", "all");
+  console.log(`    ${ios} I/Os; ${struck} of ${matched} maps failed`);
+  assert.ok(matched! >= ios && struck! > matched! / 20);
+  await assertReads(vmm, disk, path!);
+  const before = await mapCalls(vmm);
+  await verify(vmm, path!, "--bs=4k --iodepth=16 --size=1M --loops=4");
+  assert.ok((await mapCalls(vmm)) - before < 1024, "cached again");
+  await assertNoComplaints(vmm);
+  await assertNothingLeft(vmm);
+  await endDriven(vmm);
+});
+
+lab.run();

@@ -1,0 +1,517 @@
+// Policy cached, the host's side: what is mapped when, what is given back when, what a guest that does not keep to the
+// protocol can do; then random calls against simple truths, and threads that map while others reclaim. What a device
+// reaches is asked of the software IOMMU.
+
+import assert from "node:assert/strict";
+import { Worker } from "node:worker_threads";
+import { suite } from "uvu";
+import { DEVICE_FLAG, MAP_FLAG, POLICY, STATUS, TABLE } from "../../hypercalls/abi.js";
+import { gpa, hva } from "../../hypercalls/addresses.js";
+import { createEngineState, Engine, type EngineConfig, type EngineState } from "../../hypercalls/engine.js";
+import { Pins } from "../../hypercalls/pins.js";
+import { ERRNO, status } from "../../hypercalls/status.js";
+import { SoftIommu } from "../../iommu-emul/iommu.js";
+import { sized } from "../soak.js";
+import type { CachedJob, CachedReport } from "./support/cached-worker.js";
+import {
+  entryWords,
+  FaultyBackend,
+  hvaOfGpaPage,
+  MiB,
+  PAGE,
+  RAM,
+  RANGES,
+  reach,
+  stat,
+} from "./support/engine-fixture.js";
+import { OwnerTable } from "./support/owner-table.js";
+import { Random, seeds } from "./support/random.js";
+import { TableGuest } from "./support/table-guest.js";
+
+const { read, write, counted, align } = MAP_FLAG;
+const RW = read | write;
+const ANY = 2 ** 64;
+const LIMIT = (errno: number) => status(STATUS.limit, errno);
+const INVALID = (errno: number) => status(STATUS.invalid, errno);
+const TABLE_GPA = gpa(2 ** 32);
+const GRANULE_PAGES = 4;
+/** The gpa page behind RAM. */
+const END_PAGE = RAM.at(-1)!.gpa / PAGE + RAM.at(-1)!.bytes / PAGE;
+/** Pages of the second and third slot, which follow each other in gpa. */
+const HIGH_PAGE = MiB / PAGE;
+
+interface Options {
+  readonly granulePages?: number;
+  readonly entries?: number;
+  readonly hostEntries?: number;
+  readonly quotaBytes?: number;
+  readonly lockedBytesMax?: number;
+}
+
+/** Devices 1 and 2 in a cached domain, device 3 strict in one of its own. */
+function makeCached({
+  granulePages = GRANULE_PAGES,
+  entries = 4096,
+  hostEntries = entries,
+  ...options
+}: Options = {}) {
+  const settings = {
+    ranges: RANGES,
+    entries: hostEntries,
+    lockedBytesMax: options.lockedBytesMax ?? Number.POSITIVE_INFINITY,
+    memory: RAM,
+    lanes: 0,
+    tables: 2048,
+  };
+  const backends = [0, 1].map(() => new FaultyBackend(new SoftIommu(SoftIommu.create(settings))));
+  const limits = { ...backends[0]!.iommu.limits(), entries };
+  const device = (handle: number, policy: "cached" | "strict") => ({
+    name: `0000:0${handle}:00.0`,
+    bdf: handle << 3,
+    policy,
+    domain: policy === "cached" ? 0 : 1,
+    addressBits: 39,
+    quotaBytes: 0,
+    lockableBytes: 0,
+  });
+  const config: EngineConfig = {
+    ram: RAM,
+    domains: [
+      { kind: "cached", limits, cached: { tableGpa: TABLE_GPA, granuleBytes: granulePages * PAGE } },
+      { kind: "translated", limits },
+    ],
+    devices: [device(1, "cached"), device(2, "cached"), device(3, "strict")],
+    quotaBytes: options.quotaBytes ?? 0,
+    lanes: 1,
+  };
+  const state = createEngineState(config);
+  const entriesOfTable = new Int32Array(END_PAGE);
+  const table = { entries: entriesOfTable, clear: () => void entriesOfTable.fill(0) };
+  const engine = new Engine(
+    state,
+    (domain) => backends[domain]!,
+    0,
+    () => table,
+  );
+  const pins = new Pins(state.pins, 0, "own");
+  const guest = new TableGuest(entriesOfTable, engine, 1);
+  return { state, engine, guest, backend: backends[0]!, strict: backends[1]!, pins };
+}
+type Cached = ReturnType<typeof makeCached>;
+
+const reaches = ({ backend }: Cached, page: number) => reach(backend, page * PAGE, RW) === hvaOfGpaPage(page);
+
+/** Gives back everything that nobody uses: two looks, since the first forgets that it was used. */
+async function sweep({ engine }: Cached): Promise<void> {
+  for (let look = 0; look < 2; look++) await engine.sweep(3, async () => true);
+}
+
+/** PINNED is set on pages of granules that are mapped, and on no others; pins, entries and figures say the same. */
+function assertConsistent(cached: Cached, granulePages = GRANULE_PAGES): void {
+  const { engine, guest, backend, pins } = cached;
+  let pages = 0;
+  let ramPage = 0;
+  for (let page = 0; page < END_PAGE; page++) {
+    if (hvaOfGpaPage(page) === undefined) {
+      assert.equal(guest.isPinned(page), false, `page ${page} is no RAM`);
+      continue;
+    }
+    assert.equal(guest.isPinned(page), reaches(cached, page), `page ${page}`);
+    if (reaches(cached, page)) pages++;
+    assert.equal(pins.countOf(ramPage++), reaches(cached, page) ? 1 : 0, `pins of page ${page}`);
+  }
+  assert.equal(engine.pinnedBytes, pages * PAGE);
+  assert.equal(engine.mappedBytes(1), pages * PAGE);
+  assert.equal(stat(engine, "dma/entries"), backend.iommu.entriesUsed);
+  for (const [page, entry] of backend.entries) {
+    assert.equal(page % granulePages, 0, "granules are aligned");
+    assert.ok(entry.pages <= granulePages);
+  }
+}
+
+const calls = suite("cached: calls");
+
+calls("is_assigned and table tell what there is; a device without a table has none", () => {
+  const { engine } = makeCached({ quotaBytes: MiB });
+  assert.equal(engine.isAssigned(8), 0);
+  assert.equal(engine.out[1], POLICY.cached | DEVICE_FLAG.identity);
+  assert.equal(engine.out[4], MiB / GRANULE_PAGES, "each page of a mapping may take a granule");
+  assert.equal(engine.table(1, 0), 0);
+  assert.deepEqual([...engine.out.slice(0, 2)], [TABLE_GPA, END_PAGE]);
+  assert.equal(engine.table(2, 0), 0);
+  assert.equal(engine.out[0], TABLE_GPA, "one for the domain");
+  assert.equal(engine.table(3, 1), 0);
+  assert.deepEqual([...engine.out.slice(0, 2)], [0, 0]);
+  assert.equal(engine.table(4, 0), INVALID(ERRNO.ENODEV));
+  assert.equal(engine.table(1, 2), INVALID(ERRNO.EINVAL));
+  assert.equal(
+    engine.map(3, 0, 1, ANY, RW | counted),
+    INVALID(ERRNO.EINVAL),
+    "nobody counts for this device",
+  );
+});
+
+calls("a first map takes a call and maps the granule; the next ones of it take none", () => {
+  const cached = makeCached();
+  const { guest, engine, backend } = cached;
+  assert.equal(guest.map(5, 1), 0);
+  assert.equal(guest.calls, 1);
+  assert.equal(engine.out[0], 5 * PAGE, "IOVA = gpa");
+  for (const page of [4, 5, 6, 7]) assert.ok(reaches(cached, page));
+  assert.equal(backend.maps, 1);
+  assert.equal(guest.map(5, 1), 0);
+  assert.equal(guest.map(4, 4), 0);
+  assert.equal(guest.calls, 1);
+  for (const [page, pages] of [
+    [5, 1],
+    [5, 1],
+    [4, 4],
+  ] as const)
+    guest.unmap(page, pages);
+  assert.ok(reaches(cached, 5), "it stays mapped");
+  assertConsistent(cached);
+});
+
+calls("a granule ends where RAM does, and a range may go on in the next slot", () => {
+  const cached = makeCached({ granulePages: 32 });
+  const { guest, engine } = cached;
+  assert.equal(guest.map(47, 1), 0);
+  assert.equal(engine.pinnedBytes, 16 * PAGE, "48 pages are a granule and a half");
+  assert.equal(guest.map(HIGH_PAGE + 60, 8), 0);
+  assertConsistent(cached, 32);
+  assert.equal(engine.map(1, 46 * PAGE, 4 * PAGE, ANY, RW | counted), INVALID(ERRNO.EFAULT), "a hole");
+  assert.throws(() => makeCached({ granulePages: 3 }), /powers of two/);
+  assert.throws(() => makeCached({ granulePages: 128 }), /does not begin with a granule/);
+});
+
+calls("a list of scattered pages is one call", () => {
+  const cached = makeCached();
+  const { guest, engine } = cached;
+  const pages = [1, 9, 17, HIGH_PAGE + 3];
+  for (const page of pages) Atomics.add(guest.entries, page, 1);
+  const list = entryWords(pages.map((page) => [page * PAGE + 8, 100]));
+  assert.equal(engine.mapList(1, list, pages.length, ANY, RW), INVALID(ERRNO.EINVAL), "not one range");
+  assert.equal(engine.mapList(1, list, pages.length, ANY, RW | counted), 0);
+  assert.equal(engine.out[1], pages.length);
+  for (const page of pages) assert.ok(reaches(cached, page));
+  assert.equal(engine.mapList(1, list, 4, MiB - 1, RW | counted), INVALID(ERRNO.ERANGE), "beyond its mask");
+  assertConsistent(cached);
+});
+
+calls("a guest that does not count has it done by the host, and unmaps by calls", async () => {
+  const cached = makeCached();
+  const { guest, engine } = cached;
+  assert.equal(engine.map(1, 8 * PAGE, PAGE, ANY, read), 0);
+  assert.equal(guest.count(8), 1);
+  await sweep(cached);
+  assert.ok(reaches(cached, 8), "in use");
+  assert.equal(engine.unmap(1, 8 * PAGE, PAGE), 0);
+  assert.equal(guest.count(8), 0);
+  assert.equal(engine.unmap(1, 8 * PAGE, PAGE), INVALID(ERRNO.ESTALE), "once too often");
+  assert.equal(engine.unmap(1, 47 * PAGE, 2 * PAGE), INVALID(ERRNO.ESTALE), "no RAM");
+  assert.equal(engine.map(1, 9 * PAGE, 2 * PAGE, ANY, RW | align), INVALID(ERRNO.ERANGE));
+  assert.equal(guest.count(9), 0);
+  await sweep(cached);
+  assert.ok(!reaches(cached, 8));
+  assertConsistent(cached);
+});
+
+calls("a count that would overflow is refused, and nothing is changed", () => {
+  const cached = makeCached();
+  const { guest, engine } = cached;
+  Atomics.store(guest.entries, 3, TABLE.countMask >>> 1);
+  assert.equal(engine.map(1, 2 * PAGE, 2 * PAGE, ANY, RW), LIMIT(ERRNO.EOVERFLOW));
+  assert.deepEqual([guest.count(2), guest.count(3)], [0, TABLE.countMask >>> 1]);
+});
+
+calls("what is idle is given back, what is in use or was used lately is not", async () => {
+  const cached = makeCached();
+  const { guest, engine } = cached;
+  guest.map(0, 1);
+  guest.map(4, 1);
+  guest.map(8, 1);
+  guest.unmap(0, 1);
+  guest.unmap(8, 1);
+  await engine.sweep(1, async () => true);
+  for (const page of [0, 4, 8]) assert.ok(reaches(cached, page), "used since the last look");
+  guest.map(8, 1);
+  guest.unmap(8, 1);
+  await engine.sweep(1, async () => true);
+  assert.deepEqual(
+    [0, 4, 8].map((page) => reaches(cached, page)),
+    [false, true, true],
+  );
+  await engine.sweep(1, async () => true);
+  assert.deepEqual(
+    [0, 4, 8].map((page) => reaches(cached, page)),
+    [false, true, false],
+  );
+  assert.equal(stat(engine, "dma/idled"), 2);
+  assertConsistent(cached);
+});
+
+calls("without an entry left the least used granule makes room; with all in use it is a limit", () => {
+  const cached = makeCached({ entries: 3 });
+  const { guest, engine } = cached;
+  for (const page of [0, 4, 8]) guest.map(page, 1);
+  guest.unmap(4, 1);
+  assert.equal(guest.map(12, 1), 0);
+  assert.deepEqual(
+    [0, 4, 8, 12].map((page) => reaches(cached, page)),
+    [true, false, true, true],
+  );
+  assert.equal(stat(engine, "dma/evicted"), 1);
+  assert.equal(guest.map(16, 1), LIMIT(ERRNO.ENOSPC));
+  assert.equal(guest.count(16), 0);
+  assertConsistent(cached);
+});
+
+calls("the same under a quota, under the host's limits, and with a list larger than all of them", () => {
+  for (const options of [
+    { quotaBytes: 3 * GRANULE_PAGES * PAGE },
+    { hostEntries: 3 },
+    { lockedBytesMax: 3 * GRANULE_PAGES * PAGE },
+  ]) {
+    const cached = makeCached(options);
+    const { guest } = cached;
+    for (let round = 0; round < 3; round++) {
+      for (let page = 0; page < 48; page += 4) {
+        assert.equal(guest.map(page, 2), 0);
+        guest.unmap(page, 2);
+      }
+    }
+    assert.equal(guest.map(0, 13) & 0xff, STATUS.limit, "four granules at a time");
+    for (let page = 0; page < 13; page++) assert.equal(guest.count(page), 0);
+    assertConsistent(cached);
+  }
+});
+
+calls("a strict device gets what a cached one does not use", () => {
+  const cached = makeCached({ quotaBytes: 2 * GRANULE_PAGES * PAGE });
+  const { guest, engine } = cached;
+  guest.map(0, 1);
+  guest.map(4, 1);
+  guest.unmap(4, 1);
+  assert.equal(engine.map(3, 20 * PAGE, PAGE, ANY, RW), 0);
+  assert.ok(!reaches(cached, 4));
+  assert.ok(reaches(cached, 0));
+});
+
+calls("while there are rules of injection every map makes its call, and afterwards none", () => {
+  const cached = makeCached();
+  const { guest, engine } = cached;
+  guest.map(0, 1);
+  const rule = {
+    calls: "map",
+    handle: 0,
+    minBytes: 0,
+    skip: 0,
+    when: { every: 2 },
+    burst: 1,
+    effect: { errno: "ENOMEM" },
+  } as const;
+  const id = engine.injector.add(rule);
+  engine.injectionChanged();
+  const results = [1, 2, 3, 4].map(() => guest.map(0, 1));
+  assert.deepEqual(results, [0, LIMIT(ERRNO.ENOMEM), 0, LIMIT(ERRNO.ENOMEM)]);
+  assert.equal(guest.count(0), 3);
+  assert.equal(guest.isPinned(0), false);
+  assert.ok(reaches(cached, 0), "and it stays mapped");
+  engine.injector.remove(id);
+  engine.injectionChanged();
+  const before = guest.calls;
+  guest.map(0, 1);
+  guest.map(0, 1);
+  assert.equal(guest.calls, before + 1);
+});
+
+calls("begun anew, and with the domain's last device, everything is unmapped and no count is left", () => {
+  const cached = makeCached();
+  const { guest, engine } = cached;
+  guest.map(0, 9);
+  assert.equal(engine.table(1, 1), 0);
+  assert.equal(guest.count(0), 0);
+  assertConsistent(cached);
+  assert.equal(engine.pinnedBytes, 0);
+  guest.map(0, 9);
+  assert.equal(engine.removeDevice(1), 0);
+  assert.ok(reaches(cached, 0), "the other device's");
+  assert.equal(guest.map(4, 1) & 0xff, 0, "no call");
+  assert.equal(guest.map(20, 1), status(STATUS.gone, ERRNO.ENODEV));
+  assert.equal(engine.removeDevice(2), 0);
+  assert.equal(engine.pinnedBytes, 0);
+});
+
+calls("what the backend does not unmap is stuck: never PINNED, never said to be mapped, tried again", () => {
+  const cached = makeCached({ entries: 2 });
+  const { guest, engine, backend } = cached;
+  guest.map(0, 1);
+  guest.unmap(0, 1);
+  guest.map(4, 1);
+  backend.unmapFault = () => ({ errno: ERRNO.EINVAL });
+  assert.equal(guest.map(8, 1), LIMIT(ERRNO.ENOSPC));
+  assert.equal(stat(engine, "dma/stuck_mappings"), 1);
+  assert.equal(engine.pinnedBytes, 2 * GRANULE_PAGES * PAGE, "its pages stay pinned");
+  assert.equal(guest.map(0, 1), LIMIT(ERRNO.EPROTO));
+  backend.unmapFault = () => undefined;
+  assert.equal(guest.map(8, 1), 0);
+  assert.equal(stat(engine, "dma/stuck_mappings"), 0);
+  assertConsistent(cached);
+});
+
+calls("a guest that scribbles over the table hurts itself alone", async () => {
+  const cached = makeCached({ entries: 4 });
+  const { guest, engine, backend } = cached;
+  const random = new Random(7);
+  for (let step = 0; step < 5000; step++) {
+    guest.entries[random.below(END_PAGE)] = random.below(2 ** 32) | 0;
+    engine.map(1, random.below(48) * PAGE, PAGE, ANY, RW | (random.oneIn(2) ? counted : 0));
+    if (random.oneIn(4)) engine.unmap(1, random.below(48) * PAGE, PAGE);
+    if (random.oneIn(50)) await engine.sweep(2, async () => true);
+    const pages = [...backend.entries.values()].reduce((sum, entry) => sum + entry.pages, 0);
+    assert.equal(engine.pinnedBytes, pages * PAGE, "what is mapped is pinned, and nothing else is");
+    assert.ok(backend.entries.size <= 4);
+  }
+  assert.equal(engine.close(), 0);
+  assert.equal(engine.pinnedBytes, 0);
+  assert.equal(backend.entries.size, 0);
+});
+
+calls.run();
+
+// ---- random calls -----------------------------------------------------------------------------------------------------
+
+const model = suite("cached: random calls");
+const OPERATIONS = sized(4000, 100_000);
+
+for (const seed of seeds(sized(12, 100))) {
+  model(`seed ${seed}: what a driver has is reached, and the books are right`, async () => {
+    const random = new Random(seed);
+    const granulePages = 2 ** random.below(5);
+    const cached = makeCached({
+      granulePages,
+      entries: 3 + random.below(40),
+      quotaBytes: random.oneIn(2) ? (8 + random.below(100)) * granulePages * PAGE : 0,
+    });
+    const { guest, engine, backend } = cached;
+    const held: { page: number; pages: number; counted: boolean }[] = [];
+    let failing = false;
+    backend.mapFault = () =>
+      failing && random.oneIn(4) ? { errno: random.pick([ERRNO.ENOMEM, ERRNO.EAGAIN]) } : undefined;
+    for (let step = 0; step < OPERATIONS; step++) {
+      failing = step % 1000 < 300;
+      if (held.length > 0 && (held.length > 12 || random.oneIn(2))) {
+        const [gone] = held.splice(random.below(held.length), 1);
+        for (let at = 0; at < gone!.pages; at++)
+          assert.ok(reaches(cached, gone!.page + at), `page ${gone!.page + at}`);
+        if (gone!.counted) guest.unmap(gone!.page, gone!.pages);
+        else assert.equal(engine.unmap(1, gone!.page * PAGE, gone!.pages * PAGE), 0);
+      } else {
+        const pages = 1 + random.below(6);
+        const page = random.oneIn(2) ? random.below(48 - pages) : HIGH_PAGE + random.below(96 - pages);
+        const isCounted = !random.oneIn(4);
+        const result = isCounted ? guest.map(page, pages) : engine.map(1, page * PAGE, pages * PAGE, ANY, RW);
+        if (result === 0) held.push({ page, pages, counted: isCounted });
+        else assert.equal(result & 0xff, STATUS.limit, `status ${result}`);
+      }
+      if (random.oneIn(40)) await engine.sweep(1 + random.below(8), async () => !random.oneIn(4));
+      if (step % 100 === 0) assertConsistent(cached, granulePages);
+    }
+    const counts = new Map<number, number>();
+    for (const { page, pages } of held)
+      for (let at = page; at < page + pages; at++) counts.set(at, (counts.get(at) ?? 0) + 1);
+    for (let page = 0; page < END_PAGE; page++) assert.equal(guest.count(page), counts.get(page) ?? 0);
+    assert.equal(engine.close(), 0);
+    assert.equal(backend.entries.size, 0);
+    assert.equal(engine.pinnedBytes, 0);
+  });
+}
+
+model.run();
+
+// ---- threads ----------------------------------------------------------------------------------------------------------
+
+const threads = suite("cached: threads");
+const PAGES = 512;
+
+threads("vCPUs map and unmap while the host reclaims: no page goes while it is held", async () => {
+  const VCPUS = 4;
+  const operations = sized(150_000, 5_000_000);
+  const config: EngineConfig = {
+    ram: [{ gpa: gpa(0), bytes: PAGES * PAGE, hva: hva(0) }],
+    domains: [
+      {
+        kind: "cached",
+        // Room for a quarter of the granules: four vCPUs with four times four pages fit just so.
+        limits: { ranges: RANGES, pageSizeMask: PAGE, entries: PAGES / 4 / 4 },
+        cached: { tableGpa: TABLE_GPA, granuleBytes: 4 * PAGE },
+      },
+    ],
+    devices: [
+      {
+        name: "0000:01:00.0",
+        bdf: 8,
+        policy: "cached",
+        domain: 0,
+        addressBits: 39,
+        quotaBytes: 0,
+        lockableBytes: 0,
+      },
+    ],
+    quotaBytes: 0,
+    lanes: VCPUS + 1,
+  };
+  const state: EngineState = createEngineState(config);
+  const shared = {
+    table: new SharedArrayBuffer(PAGES * 4),
+    owners: new SharedArrayBuffer(PAGES * 4),
+    faults: new SharedArrayBuffer(8),
+  };
+  const workers = Array.from({ length: VCPUS }, (_, lane) => {
+    const job: CachedJob = { state, ...shared, lane, operations: operations / VCPUS, ramPages: PAGES };
+    return new Worker(new URL("./support/cached-worker.js", import.meta.url), { workerData: job });
+  });
+  const reports: CachedReport[] = [];
+  const ended = workers.map(
+    (worker) =>
+      new Promise<void>((resolve, reject) => {
+        worker.on("message", (report: CachedReport) => reports.push(report));
+        worker.on("error", reject);
+        worker.on("exit", () => resolve());
+      }),
+  );
+  const entries = new Int32Array(shared.table);
+  const owners = new OwnerTable(new Int32Array(shared.owners), new Int32Array(shared.faults));
+  const engine = new Engine(
+    state,
+    () => owners,
+    VCPUS,
+    () => ({ entries, clear: () => void entries.fill(0) }),
+  );
+  let sweeps = 0;
+  let running = true;
+  const all = Promise.all(ended).finally(() => {
+    running = false;
+  });
+  while (running) {
+    await engine.sweep(8, async () => true);
+    sweeps++;
+    await new Promise((resolve) => setImmediate(resolve));
+  }
+  await all;
+  assert.equal(reports.length, VCPUS);
+  assert.deepEqual([...new Int32Array(shared.faults)], [0, 0], "mapped twice, gone while held");
+  for (let page = 0; page < PAGES; page++) assert.equal(entries[page]! & TABLE.countMask, 0, `page ${page}`);
+  const sum = (of: (report: CachedReport) => number) => reports.reduce((all, report) => all + of(report), 0);
+  const evicted = stat(engine, "dma/evicted");
+  const idled = stat(engine, "dma/idled");
+  console.log(
+    `${operations} operations, ${sum((each) => each.calls)} calls, ${sum((each) => each.refused)} refused; ` +
+      `${evicted} granules evicted, ${idled} idle in ${sweeps} sweeps`,
+  );
+  assert.ok(evicted > 1000 && idled > 0, "there was something to reclaim");
+  assert.equal(engine.close(), 0);
+  assert.equal(engine.pinnedBytes, 0);
+});
+
+threads.run();

@@ -1,0 +1,51 @@
+// The memory of a tracking table (hypercalls/cached.ts): a memfd of its own, mapped once and for the life of the process,
+// that the guest sees as a memory slot. Entries nobody touched cost nothing.
+
+import { closeSync, ftruncateSync } from "node:fs";
+import type { Gpa, Hva } from "../hypercalls/addresses.js";
+import type { TrackingTable } from "../hypercalls/cached.js";
+import type { GpaRange } from "./boot/layout.js";
+import { errorMessage, VmmError } from "./errors.js";
+import {
+  MADV_DONTDUMP,
+  MAP_NORESERVE,
+  madvise,
+  memfdCreate,
+  mmapShared,
+  PROT_READ,
+  PROT_WRITE,
+  punchHole,
+} from "./native/libc.js";
+import { memoryWindow } from "./native/memory-window.js";
+
+/** What a Worker needs to see a table; plain numbers. */
+export interface TableDescription {
+  readonly fd: number;
+  readonly gpa: Gpa;
+  readonly hva: Hva;
+  /** Whole pages. */
+  readonly bytes: number;
+}
+
+/** Makes a table of zeros; throws a VmmError when the system refuses. */
+export function createTable({ gpa, bytes }: GpaRange): TableDescription {
+  const fd = memfdCreate("tracking-table");
+  try {
+    ftruncateSync(fd, bytes);
+    const hva = mmapShared(fd, bytes, 0, PROT_READ | PROT_WRITE, MAP_NORESERVE);
+    madvise(hva, bytes, MADV_DONTDUMP);
+    return { fd, gpa, hva, bytes };
+  } catch (error) {
+    closeSync(fd);
+    throw new VmmError(`${bytes} bytes for the tracking table cannot be had: ${errorMessage(error)}`);
+  }
+}
+
+/** This thread's view. */
+export function openTable({ fd, hva, bytes }: TableDescription): TrackingTable {
+  const window = memoryWindow(hva, bytes);
+  return {
+    entries: new Int32Array(window.buffer, window.byteOffset, bytes / 4),
+    clear: () => punchHole(fd, 0, bytes),
+  };
+}
