@@ -14,6 +14,9 @@ import { newStruct, setU64 } from "./sys/layout.js";
 const CPUID_ENTRIES = 256;
 /** Highest GSI, exclusive (KVM_MAX_IRQ_ROUTES in linux/kvm_host.h). */
 const GSI_LIMIT = 4096;
+const EINTR = 4;
+/** More signals than this while a VM is made are not chance. */
+const CREATE_VM_TRIES = 100;
 
 /** The KVM device itself: what this host can do. */
 export class Kvm {
@@ -92,7 +95,12 @@ export class Kvm {
   }
 
   createVm(): Vm {
-    return new Vm(this, check("KVM_CREATE_VM", ioctl(this.fd, IOCTL.KVM_CREATE_VM, 0)));
+    for (let tries = 1; ; tries++) {
+      const fd = ioctl(this.fd, IOCTL.KVM_CREATE_VM, 0);
+      // Whatever signal comes meanwhile ends it: a profiler's, for one.
+      if (fd === -EINTR && tries < CREATE_VM_TRIES) continue;
+      return new Vm(this, check("KVM_CREATE_VM", fd));
+    }
   }
 
   close(): void {
