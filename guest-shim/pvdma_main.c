@@ -107,10 +107,17 @@ static void pvdma_reclaim(struct pvdma_device *p)
 	struct pvdma_released released = { 0 };
 	u32 status;
 
-	if (!pvdma_can_release(p))
+	if (!pvdma_can_release(p)) {
+		/* what its domain has mapped stays for the others, but not for it */
+		if (p->table.entries)
+			pci_clear_master(to_pci_dev(p->dev));
 		return;
+	}
 	pci_clear_master(to_pci_dev(p->dev));
 	status = pvdma_release_all(p, &released);
+	/* a domain does not go with one of its devices: nothing was released */
+	if (p->table.entries && PVDMA_STATUS_CLASS(status) == PVDMA_STATUS_GONE)
+		return;
 	p->unclean = !pvdma_unreachable(status);
 	if (p->unclean) {
 		dev_err(p->dev, "pvdma: the host has not released all that is mapped: %s (errno %u); binding a driver asks again\n",
@@ -291,7 +298,7 @@ static void pvdma_install(struct pvdma_device *p)
  * devices of one domain have it in common. Returns 0, also when there is none, or an
  * errno. With pvdma_lock.
  */
-static int pvdma_get_table(struct pvdma_device *p)
+static int pvdma_get_table(struct pvdma_device *p, struct device *dev)
 {
 	struct pvdma_table found = { 0 };
 	struct pvdma_table *table;
@@ -305,8 +312,11 @@ static int pvdma_get_table(struct pvdma_device *p)
 	status = pvdma_find_table(&pvdma_host, this_cpu_ptr(p->counters), p->handle, false,
 				  &found);
 	local_irq_restore(irq);
-	if (PVDMA_STATUS_CLASS(status))
+	if (PVDMA_STATUS_CLASS(status)) {
+		dev_err(dev, "pvdma: the host does not tell its tracking table: %s (errno %u)\n",
+			pvdma_status_name(status), PVDMA_STATUS_ERRNO(status));
 		return -EIO;
+	}
 	if (!found.pages)
 		return 0;
 	if (found.pages > SIZE_MAX / sizeof(u32) || !PAGE_ALIGNED(found.gpa))
@@ -357,7 +367,7 @@ static struct pvdma_device *pvdma_new(struct device *dev,
 	p->handle = answer->handle;
 	p->policy = answer->policy;
 	p->identity = answer->identity;
-	if (pvdma_get_table(p))
+	if (pvdma_get_table(p, dev))
 		return NULL;
 	p->installed = false;
 	p->lost = false;

@@ -140,13 +140,19 @@ static inline void pvdma_count_uncounted(struct pvdma_device *p, u64 pages)
 	this_cpu_dec(p->counters->outstanding);
 }
 
-/* A range that the device cannot emit, or that is no memory of this guest's. */
-static u32 pvdma_tell_unusable(struct pvdma_device *p, u64 below, u64 bytes,
-			       u64 iova_max, unsigned long attrs)
+/* Counts one range of a map, if the device can emit its addresses. Returns a status. */
+static u32 pvdma_count_range(struct pvdma_device *p, u64 below, u64 bytes, u64 iova_max,
+			     unsigned long attrs, bool *missing)
 {
-	this_cpu_inc(p->counters->errors[PVDMA_STATUS_INVALID]);
-	pvdma_tell_map(p, bytes, below, iova_max, PVDMA_STATUS_INVALID, attrs);
-	return PVDMA_STATUS_INVALID;
+	u32 status = PVDMA_STATUS_INVALID;
+
+	if (likely(below <= iova_max && bytes - 1 <= iova_max - below))
+		status = pvdma_table_count(&p->table, below, bytes, missing);
+	if (unlikely(status)) {
+		this_cpu_inc(p->counters->errors[status]);
+		pvdma_tell_map(p, bytes, below, iova_max, status, attrs);
+	}
+	return status;
 }
 
 /* Calls the host for one range that is counted and not all pinned. */
@@ -174,13 +180,12 @@ static u32 pvdma_make_cached(struct pvdma_device *p, u64 below, u64 bytes,
 			     u64 iova_max, u32 flags, unsigned long attrs)
 {
 	bool missing = false;
+	u32 status = pvdma_count_range(p, below, bytes, iova_max, attrs, &missing);
 
-	if (unlikely(below > iova_max || bytes - 1 > iova_max - below ||
-		     !pvdma_table_count(&p->table, below, bytes, &missing)))
-		return pvdma_tell_unusable(p, below, bytes, iova_max, attrs);
+	if (unlikely(status))
+		return status;
 	if (unlikely(missing)) {
-		u32 status = pvdma_call_counted(p, below, bytes, iova_max, flags, attrs);
-
+		status = pvdma_call_counted(p, below, bytes, iova_max, flags, attrs);
 		if (PVDMA_STATUS_CLASS(status))
 			return status;
 	}
@@ -189,22 +194,21 @@ static u32 pvdma_make_cached(struct pvdma_device *p, u64 below, u64 bytes,
 	return PVDMA_STATUS_OK;
 }
 
-/* Pages that somebody unmaps and that are not mapped: a driver's mistake. */
-static void pvdma_tell_uncounted(struct pvdma_device *p, u64 wrong, u64 iova)
+/* Takes the counts of one range back; false, and nothing is changed, if it has none. */
+static bool pvdma_uncount_range(struct pvdma_device *p, u64 iova, u64 bytes)
 {
+	if (likely(pvdma_table_uncount(&p->table, iova, bytes)))
+		return true;
 	this_cpu_inc(p->counters->errors[PVDMA_STATUS_INVALID]);
-	dev_warn_ratelimited(p->dev, "pvdma: unmapped at bus address %#llx: %llu pages that are not mapped\n",
-			     iova, wrong);
+	dev_warn_ratelimited(p->dev, "pvdma: %llu bytes unmapped at bus address %#llx that are not mapped\n",
+			     bytes, iova);
+	return false;
 }
 
 static u32 pvdma_take_cached(struct pvdma_device *p, u64 iova, u64 bytes)
 {
-	u64 wrong = pvdma_table_uncount(&p->table, iova, bytes);
-
-	if (unlikely(wrong)) {
-		pvdma_tell_uncounted(p, wrong, iova);
+	if (unlikely(!pvdma_uncount_range(p, iova, bytes)))
 		return PVDMA_STATUS_INVALID;
-	}
 	this_cpu_inc(p->counters->unmaps);
 	pvdma_count_uncounted(p, pvdma_pages(iova, bytes));
 	return PVDMA_STATUS_OK;
@@ -432,7 +436,7 @@ static int pvdma_segments_end(struct pvdma_segments *s, int nents)
 	return s->count;
 }
 
-/* Takes back the counts of the first nents entries; returns their pages. */
+/* Takes back the counts of the first nents entries; returns the pages that had one. */
 static u64 pvdma_uncount_entries(struct pvdma_device *p, struct scatterlist *sgl,
 				 int nents)
 {
@@ -441,20 +445,14 @@ static u64 pvdma_uncount_entries(struct pvdma_device *p, struct scatterlist *sgl
 	int i;
 
 	for_each_sg(sgl, sg, nents, i) {
-		u64 wrong;
-
-		if (!sg->length)
-			continue;
-		wrong = pvdma_table_uncount(&p->table, sg_phys(sg), sg->length);
-		if (unlikely(wrong))
-			pvdma_tell_uncounted(p, wrong, sg_phys(sg));
-		pages += pvdma_pages(sg_phys(sg), sg->length);
+		if (sg->length && pvdma_uncount_range(p, sg_phys(sg), sg->length))
+			pages += pvdma_pages(sg_phys(sg), sg->length);
 	}
 	return pages;
 }
 
 /* Has the host map a list that is counted and not all pinned. */
-static noinline u32 pvdma_call_counted_list(struct pvdma_device *p, struct device *dev,
+static noinline u32 pvdma_call_counted_list(struct pvdma_device *p,
 					    struct scatterlist *sg, int nents, u64 iova_max,
 					    u32 flags, unsigned long attrs)
 {
@@ -502,18 +500,16 @@ static int pvdma_map_sg_cached(struct pvdma_device *p, struct device *dev,
 
 		if (!bytes)
 			continue;
-		if (unlikely(below > iova_max || bytes - 1 > iova_max - below ||
-			     !pvdma_table_count(&p->table, below, bytes, &missing))) {
-			status = pvdma_tell_unusable(p, below, bytes, iova_max, attrs);
+		status = pvdma_count_range(p, below, bytes, iova_max, attrs, &missing);
+		if (unlikely(status))
 			goto undo;
-		}
 		pages += pvdma_pages(below, bytes);
 		pvdma_segments_add(&segments, below, bytes, false);
 	}
 	if (unlikely(!segments.count))
 		return -EINVAL;
 	if (unlikely(missing)) {
-		status = pvdma_call_counted_list(p, dev, sgl, nents, iova_max, flags, attrs);
+		status = pvdma_call_counted_list(p, sgl, nents, iova_max, flags, attrs);
 		if (PVDMA_STATUS_CLASS(status))
 			goto undo;
 	}
@@ -583,8 +579,10 @@ static void pvdma_unmap_sg(struct device *dev, struct scatterlist *sgl, int nent
 	if (p->table.entries) {
 		u64 pages = pvdma_uncount_entries(p, sgl, nents);
 
-		this_cpu_inc(p->counters->unmap_lists);
-		pvdma_count_uncounted(p, pages);
+		if (likely(pages)) {
+			this_cpu_inc(p->counters->unmap_lists);
+			pvdma_count_uncounted(p, pages);
+		}
 		return;
 	}
 	pvdma_unmap_entries(p, dev, sgl, nents);
@@ -603,10 +601,8 @@ struct page *pvdma_get_pages(struct device *dev, size_t size, gfp_t gfp)
 	if (p && p->table.entries) {
 		u64 most = pvdma_coherent_max(p, dev);
 
-		if (most < DMA_BIT_MASK(32))
-			gfp |= GFP_DMA;
-		else if (most < pvdma_last_of_ram(p))
-			gfp |= GFP_DMA32;
+		if (most < pvdma_last_of_ram(p))
+			gfp |= most < DMA_BIT_MASK(32) ? GFP_DMA : GFP_DMA32;
 	}
 	return alloc_pages_node(dev_to_node(dev), (gfp & ~__GFP_COMP) | __GFP_ZERO,
 				get_order(size));
@@ -764,8 +760,8 @@ u64 pvdma_get_required_mask(struct device *dev)
 {
 	struct pvdma_device *p = pvdma_of(dev);
 
-	if (p && p->identity)
-		return DMA_BIT_MASK(64);
+	if (p && p->table.entries)
+		return DMA_BIT_MASK(fls64(pvdma_last_of_ram(p)));
 	return min_t(u64, dma_get_mask(dev), DMA_BIT_MASK(32));
 }
 

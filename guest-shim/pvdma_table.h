@@ -7,26 +7,11 @@
 #ifndef PVDMA_TABLE_H
 #define PVDMA_TABLE_H
 
-#ifdef __KERNEL__
-#include <linux/atomic.h>
-#include <linux/compiler.h>
-
-/* x86's read-modify-write operations with a lock prefix order everything */
-static inline u32 pvdma_entry_add_one(u32 *entry)
-{
-	return xadd(entry, 1);
-}
-
-static inline bool pvdma_entry_swap(u32 *entry, u32 *seen, u32 value)
-{
-	return try_cmpxchg(entry, seen, value);
-}
-
-static inline u32 pvdma_entry_read(const u32 *entry)
-{
-	return READ_ONCE(*entry);
-}
-#else
+/*
+ * The compiler's operations, not the kernel's: whoever is on the other side runs on
+ * a CPU of the host, and the kernel leaves the lock prefix of its own operations out
+ * when this guest has one CPU.
+ */
 static inline u32 pvdma_entry_add_one(u32 *entry)
 {
 	return __atomic_fetch_add(entry, 1, __ATOMIC_SEQ_CST);
@@ -42,7 +27,6 @@ static inline u32 pvdma_entry_read(const u32 *entry)
 {
 	return __atomic_load_n(entry, __ATOMIC_SEQ_CST);
 }
-#endif
 
 /* The table of a device's domain. */
 struct pvdma_table {
@@ -75,56 +59,71 @@ static inline void pvdma_entry_use(u32 *entry)
 		;
 }
 
-/**
- * pvdma_table_uncount() - the device no longer needs [@gpa, @bytes)
- *
- * Return: how many of the pages were not counted: the caller unmaps what it has
- * not mapped.
- */
-static inline u64 pvdma_table_uncount(const struct pvdma_table *table, u64 gpa,
-				      u64 bytes)
+/* Whether the table has entries for all pages of [@gpa, @bytes), of which there are some. */
+static inline bool pvdma_table_covers(const struct pvdma_table *table, u64 gpa, u64 bytes)
 {
-	u64 end = (gpa >> PVDMA_PAGE_SHIFT) + pvdma_pages(gpa, bytes);
-	u64 page, wrong = 0;
+	u64 first = gpa >> PVDMA_PAGE_SHIFT;
 
-	for (page = gpa >> PVDMA_PAGE_SHIFT; page < end; page++)
-		wrong += page >= table->pages ||
-			 !pvdma_entry_uncount(&table->entries[page]);
-	return wrong;
+	return bytes && first < table->pages &&
+	       pvdma_pages(gpa, bytes) <= table->pages - first;
 }
 
 /**
- * pvdma_table_count() - the device needs every page of [@gpa, @bytes), at least 1 byte
+ * pvdma_table_uncount() - the device no longer needs [@gpa, @bytes)
+ *
+ * Return: false, and nothing is changed, when a page of it is not counted: the
+ * caller unmaps what it has not mapped.
+ */
+static inline bool pvdma_table_uncount(const struct pvdma_table *table, u64 gpa,
+				       u64 bytes)
+{
+	u64 first = gpa >> PVDMA_PAGE_SHIFT, page, end;
+	bool all = true;
+
+	if (!pvdma_table_covers(table, gpa, bytes))
+		return false;
+	end = first + pvdma_pages(gpa, bytes);
+	/* first a look: a count that is 0 for a moment is the host's to reclaim */
+	for (page = first; page < end; page++) {
+		if (!(pvdma_entry_read(&table->entries[page]) & PVDMA_TABLE_COUNT_MASK))
+			return false;
+	}
+	for (page = first; page < end; page++)
+		all &= pvdma_entry_uncount(&table->entries[page]);
+	return all;
+}
+
+/**
+ * pvdma_table_count() - the device needs every page of [@gpa, @bytes)
  * @missing: set when a page is not pinned, so that the host has to be called; left
  *	     alone otherwise
  *
- * Return: false, and nothing is counted, when the range is not the table's or a
- * page is mapped too often.
+ * Return: a status, and with another than ok nothing is counted: invalid when the
+ * range is not the table's, a limit when a page is mapped too often.
  */
-static inline bool pvdma_table_count(const struct pvdma_table *table, u64 gpa,
-				     u64 bytes, bool *missing)
+static inline u32 pvdma_table_count(const struct pvdma_table *table, u64 gpa,
+				    u64 bytes, bool *missing)
 {
-	u64 first = gpa >> PVDMA_PAGE_SHIFT;
-	u64 pages = pvdma_pages(gpa, bytes);
-	u64 page;
+	u64 first = gpa >> PVDMA_PAGE_SHIFT, page, end;
 
-	if (first >= table->pages || pages > table->pages - first)
-		return false;
-	for (page = first; page < first + pages; page++) {
+	if (!pvdma_table_covers(table, gpa, bytes))
+		return PVDMA_STATUS_INVALID;
+	end = first + pvdma_pages(gpa, bytes);
+	for (page = first; page < end; page++) {
 		u32 *entry = &table->entries[page];
 		u32 before = pvdma_entry_add_one(entry);
 
 		if ((before & PVDMA_TABLE_COUNT_MASK) >= PVDMA_TABLE_COUNT_MAX) {
 			pvdma_table_uncount(table, first << PVDMA_PAGE_SHIFT,
 					    (page - first + 1) << PVDMA_PAGE_SHIFT);
-			return false;
+			return PVDMA_STATUS_LIMIT;
 		}
 		if (!(before & PVDMA_TABLE_PINNED))
 			*missing = true;
 		else if (!(before & PVDMA_TABLE_USED))
 			pvdma_entry_use(entry);
 	}
-	return true;
+	return PVDMA_STATUS_OK;
 }
 
 #endif /* PVDMA_TABLE_H */

@@ -194,7 +194,8 @@ export const CALLS = {
     about:
       "Maps a list as one contiguous IOVA range: the pages that each entry touches, one entry after the other. " +
       "All or nothing: with another status than ok nothing of it is mapped, except in the rare case that the host " +
-      "cannot undo a part; that part stays pinned, and its IOVA is given to nobody. A device with identity needs a " +
+      "cannot undo a part; that part stays pinned, and its IOVA is given to nobody. With policy cached pages may stay mapped " +
+      "that nobody has mapped. A device with identity needs a " +
       "list that is contiguous, unless the guest counted its pages: each then is where its gpa says.",
     in: {
       rdi: "handle",
@@ -221,7 +222,8 @@ export const CALLS = {
   release: {
     number: 7,
     about:
-      "Takes back every mapping of a device whose driver is gone (since 1.1). The caller has stopped the device " +
+      "Takes back every mapping of a device whose driver is gone (since 1.1); none of a device that has its domain's " +
+      "addresses, identity, in common with others: see table. The caller has stopped the device " +
       "first: bus mastering off, or reset. With another status than ok some of it stays mapped; asking again tries again.",
     in: { rdi: "handle" },
     out: { rdi: "mappings taken back", rsi: "bytes of them, whole pages" },
@@ -230,8 +232,8 @@ export const CALLS = {
     number: 8,
     about:
       "Where the tracking table is that this device's policy cached uses (since 1.2). Devices of one domain have one in " +
-      "common. Begun anew, by a kernel that finds it for the first time, nothing is mapped and all counts are 0; the devices " +
-      "of the domain have to be stopped.",
+      "common. Begun anew, when a kernel finds it for the first time and when the last driver of such a device is gone, " +
+      "nothing is mapped and all counts are 0; the devices of the domain have to be stopped.",
     in: { rdi: "handle", rsi: "1 to begin anew, else 0" },
     out: { rdi: "gpa of the table, whole pages", rsi: "entries; 0: this device has none" },
   },

@@ -9,14 +9,16 @@
 import { MAP_FLAG, STATUS, TABLE } from "./abi.js";
 import { iova, PAGE_BYTES, PAGE_SHIFT } from "./addresses.js";
 import type { BackendLimits, DmaBackend } from "./backend.js";
-import type { Domain } from "./domain.js";
+import { type Domain, placeAtGpa } from "./domain.js";
 import { type GuestRam, RunList } from "./guest-ram.js";
 import type { Pins } from "./pins.js";
 import {
   ERRNO,
-  INVALID_EINVAL,
   INVALID_PLACE,
   INVALID_STALE,
+  LIMIT_ENTRIES,
+  LIMIT_QUOTA,
+  LIMIT_STUCK,
   OK,
   status,
   statusErrnoOf,
@@ -38,14 +40,14 @@ const COUNT = TABLE.countMask;
 /** Half of what a count can hold: as many mappings may be under way on other CPUs when one is refused. */
 const COUNT_MAX = COUNT >>> 1;
 
-const LIMIT_ENTRIES = status(STATUS.limit, ERRNO.ENOSPC);
-const LIMIT_QUOTA = status(STATUS.limit, ERRNO.EDQUOT);
 const LIMIT_COUNT = status(STATUS.limit, ERRNO.EOVERFLOW);
-const LIMIT_STUCK = status(STATUS.limit, ERRNO.EPROTO);
 const ACCESS = MAP_FLAG.read | MAP_FLAG.write;
 
 /** Granules that are given back for one that cannot be mapped, before it is given up. */
 const EVICTIONS_MAX = 16;
+
+/** Attempts to take one from a count that others change. */
+const UNCOUNT_TRIES = 1000;
 
 /** Largest granule: an IOMMU's, and the CPU's, large page. */
 export const GRANULE_MAX_BYTES = 2 ** 21;
@@ -57,9 +59,11 @@ const HAND = 2;
 const PAGES = 3;
 const STUCK = 4;
 const HIDDEN = 5;
-const EVICTED = 6;
-const IDLED = 7;
-const SWEEP = 8;
+const SWEEP = 6;
+/** Counters, as doubles. */
+const COUNTERS = 8;
+const EVICTED = 0;
+const IDLED = 1;
 const HEADER_WORDS = 16;
 
 function layout(limits: BackendLimits, ram: GuestRam, granuleBytes: number) {
@@ -90,6 +94,7 @@ export class CachedDomain implements Domain {
   /** Pages of a granule are 1 << this. */
   readonly #shift: number;
   readonly #header: Int32Array;
+  readonly #counters: Float64Array;
   /** Granules that are mapped, the first MAPPED of them. */
   readonly #list: Int32Array;
   /** By granule: its place in the list, from 1; 0 when it is not mapped; negative when it is stuck. */
@@ -133,6 +138,7 @@ export class CachedDomain implements Domain {
     this.#entries = at.entries;
     this.#shift = Math.log2(granuleBytes) - PAGE_SHIFT;
     this.#header = new Int32Array(memory, 0, HEADER_WORDS);
+    this.#counters = new Float64Array(memory, COUNTERS * 4, 2);
     this.#list = new Int32Array(memory, at.list * 4, at.entries);
     this.#places = new Int32Array(memory, at.places * 4, at.words - at.places);
     if (table.entries.length < ram.endPage) {
@@ -150,10 +156,10 @@ export class CachedDomain implements Domain {
 
   /** Granules given back because something else had no room, and because nobody used them. */
   get evicted(): number {
-    return Atomics.load(this.#header, EVICTED);
+    return this.#counters[EVICTED]!;
   }
   get idled(): number {
-    return Atomics.load(this.#header, IDLED);
+    return this.#counters[IDLED]!;
   }
 
   /** Every device of the domain reaches all of it. */
@@ -167,7 +173,7 @@ export class CachedDomain implements Domain {
    */
   map(_handle: number, runs: RunList, lastPage: number, flags: number): number {
     const counted = (flags & MAP_FLAG.counted) !== 0;
-    const placed = counted ? this.#checkReach(runs, lastPage) : this.#checkRange(runs, lastPage, flags);
+    const placed = counted ? this.#checkReach(runs, lastPage) : placeAtGpa(this.#ram, runs, lastPage, flags);
     if (placed !== OK) return placed;
     if (!counted) {
       const result = this.#count(runs);
@@ -188,12 +194,11 @@ export class CachedDomain implements Domain {
   /** Takes back what a map without MAP_FLAG.counted counted; the page stays mapped. */
   unmap(_handle: number, page: number, pages: number): number {
     if (!this.#ram.contains(page, pages)) return INVALID_STALE;
-    for (let done = 0; done < pages; done++) {
-      if (this.#uncount(page + done)) continue;
-      // Never mapped, or not as often: nothing was changed.
-      while (--done >= 0) Atomics.add(this.#table.entries, page + done, 1);
-      return INVALID_STALE;
+    // First a look: what is mapped less than this is not changed, not for a moment, in which it might be given back.
+    for (let at = page; at < page + pages; at++) {
+      if ((Atomics.load(this.#table.entries, at) & COUNT) === 0) return INVALID_STALE;
     }
+    for (let at = page; at < page + pages; at++) this.#uncount(at);
     return OK;
   }
 
@@ -217,8 +222,12 @@ export class CachedDomain implements Domain {
    * From now on no entry is PINNED, so that every map makes its call, or again as always. What is mapped stays mapped.
    */
   hide(hidden: boolean): void {
+    if (hidden && this.#header[HIDDEN] === 0) this.clearPinned();
     this.#header[HIDDEN] = hidden ? 1 : 0;
-    if (!hidden) return;
+  }
+
+  /** The next map of each page makes a call. What is mapped stays mapped. */
+  clearPinned(): void {
     const { entries } = this.#table;
     for (let at = this.#header[MAPPED]! - 1; at >= 0; at--) {
       const first = this.#list[at]! << this.#shift;
@@ -237,23 +246,32 @@ export class CachedDomain implements Domain {
     let at = Math.min(header[SWEEP] === 0 ? header[MAPPED]! : header[SWEEP]!, header[MAPPED]!);
     for (; at > 0 && count > 0; count--) {
       at--;
-      if (this.#giveBack(this.#list[at]!, false)) header[IDLED]!++;
+      if (this.#giveBack(this.#list[at]!, false)) this.#counters[IDLED]!++;
     }
     header[SWEEP] = at;
     return at > 0;
   }
 
-  /** Unmaps everything, whoever has it mapped, and forgets all counts. Returns the granules that are stuck. */
+  /**
+   * Unmaps everything, whoever has it mapped: the devices are gone. Counts are the guest's, which takes them back. Returns
+   * the granules that are stuck.
+   */
   unmapAll(): number {
-    for (let at = this.#header[MAPPED]! - 1; at >= 0; at--) {
-      const granule = this.#list[at]!;
-      const first = granule << this.#shift;
-      const end = first + this.#pagesOf(granule);
-      for (let page = first; page < end; page++) Atomics.store(this.#table.entries, page, 0);
-      this.#unmapGranule(granule);
-    }
-    this.#table.clear();
+    this.clearPinned();
+    for (let at = this.#header[MAPPED]! - 1; at >= 0; at--) this.#unmapGranule(this.#list[at]!);
     return this.stuck;
+  }
+
+  /** Nobody has anything mapped: a kernel that finds the table begins, or the last one has ended. */
+  forgetCounts(): void {
+    this.#table.clear();
+  }
+
+  /** The same, and nothing is mapped any more. Returns the granules that are stuck. */
+  beginAnew(): number {
+    const stuck = this.unmapAll();
+    this.forgetCounts();
+    return stuck;
   }
 
   /** Whether every run lies below the device's limit: each is where its gpa says. */
@@ -263,23 +281,6 @@ export class CachedDomain implements Domain {
       runs.failedRun = run;
       return INVALID_PLACE;
     }
-    return OK;
-  }
-
-  /** Whether the runs are one range at their own address, aligned if that is wanted, and below the limit. */
-  #checkRange(runs: RunList, lastPage: number, flags: number): number {
-    const first = this.#ram.gpaPageOf(runs.ramPage[0]!);
-    let next = first;
-    for (let run = 0; run < runs.count; run++) {
-      if (this.#ram.gpaPageOf(runs.ramPage[run]!) !== next) {
-        runs.failedRun = run;
-        return INVALID_EINVAL;
-      }
-      next += runs.runPages[run]!;
-    }
-    if (next - 1 > lastPage) return INVALID_PLACE;
-    if ((flags & MAP_FLAG.align) !== 0 && first % 2 ** Math.ceil(Math.log2(runs.pages)) !== 0)
-      return INVALID_PLACE;
     return OK;
   }
 
@@ -309,7 +310,9 @@ export class CachedDomain implements Domain {
   /** Counts a page once less; false, and nothing changed, when its count is 0. */
   #uncount(page: number): boolean {
     const { entries } = this.#table;
-    for (let seen = Atomics.load(entries, page); (seen & COUNT) !== 0; ) {
+    let seen = Atomics.load(entries, page);
+    // As often as honest CPUs can come in between, not as a hostile one does.
+    for (let tries = 0; (seen & COUNT) !== 0 && tries < UNCOUNT_TRIES; tries++) {
       const before = Atomics.compareExchange(entries, page, seen, seen - 1);
       if (before === seen) return true;
       seen = before;
@@ -388,7 +391,7 @@ export class CachedDomain implements Domain {
       for (let looks = header[MAPPED]!; looks > 0; looks--) {
         if (header[HAND]! >= header[MAPPED]!) header[HAND] = 0;
         if (this.#giveBack(this.#list[header[HAND]!]!, round > 0)) {
-          header[EVICTED]!++;
+          this.#counters[EVICTED]!++;
           return true;
         }
         header[HAND]!++;
@@ -421,7 +424,11 @@ export class CachedDomain implements Domain {
 
   /** From the first entry that was used on: one that is found used at each look would keep the others' marks for ever. */
   #forgetUse(page: number, end: number): void {
-    for (; page < end; page++) Atomics.and(this.#table.entries, page, ~USED);
+    const { entries } = this.#table;
+    for (; page < end; page++) {
+      // What is in use at this moment was used when the next look comes.
+      if ((Atomics.load(entries, page) & COUNT) === 0) Atomics.and(entries, page, ~USED);
+    }
   }
 
   /** Unmaps a granule whose entries are not PINNED; it is stuck when the backend does less than that. */

@@ -1,5 +1,5 @@
-// The two kinds of IOMMU domain, behind one interface. Translated: every mapping has an IOVA range of its own.
-// Identity: IOVA = gpa. They call the backend and keep the books; whoever calls them holds the domain's lock and has
+// The kinds of IOMMU domain, behind one interface. Translated: every mapping has an IOVA range of its own. Identity:
+// IOVA = gpa, of all RAM here, and of what is used in cached.ts. They call the backend and keep the books; whoever calls them holds the domain's lock and has
 // checked the guest's words. The lock is held across the backend's call as well: type1 holds one mutex per container
 // across pinning and mapping anyway, so the kernel would do one at a time whatever we did, and books and mappings
 // change together.
@@ -18,18 +18,16 @@ import {
   INVALID_EINVAL,
   INVALID_PLACE,
   INVALID_STALE,
+  LIMIT_ENTRIES,
+  LIMIT_QUOTA,
+  LIMIT_STUCK,
   OK,
   status,
   statusOfHostErrno,
 } from "./status.js";
 
-/** The domain has no entry left. */
-const LIMIT_ENTRIES = status(STATUS.limit, ERRNO.ENOSPC);
 /** No room for the range below the device's limit. */
 const LIMIT_IOVA = status(STATUS.limit, ERRNO.ERANGE);
-const LIMIT_QUOTA = status(STATUS.limit, ERRNO.EDQUOT);
-/** The backend unmapped less than was mapped. */
-const LIMIT_STUCK = status(STATUS.limit, ERRNO.EPROTO);
 /** Nothing is mapped in an identity domain before mapAll. */
 const RETRY_NOT_YET = status(STATUS.retry, ERRNO.EAGAIN);
 
@@ -46,8 +44,8 @@ export interface MapAllFailure {
 export interface Domain {
   /**
    * Makes the runs reachable for the device as one IOVA range, no page above `lastPage`; `flags` are MAP_FLAG bits.
-   * Returns a status. With ok, `runs.iovaPage` is the first page of the range; otherwise nothing is mapped (but for what the backend will not undo: stuck) and
-   * `runs.failedRun` is the first run that could not be done.
+   * Returns a status. With ok, `runs.iovaPage` is the first page of the range; otherwise nothing is mapped for it (but for
+   * what the backend will not undo: stuck) and `runs.failedRun` is the first run that could not be done.
    */
   map(handle: number, runs: RunList, lastPage: number, flags: number): number;
 
@@ -365,7 +363,7 @@ export class TranslatedDomain implements Domain {
 }
 
 /**
- * Policy pinned (and the ground for cached): all RAM is mapped at its own address, once, at the start; map and unmap
+ * Policy pinned: all RAM is mapped at its own address, once, at the start; map and unmap
  * check and answer. Nothing is recorded per mapping, so unmap cannot tell a mapping from one that never was.
  */
 export class IdentityDomain implements Domain {
@@ -451,23 +449,7 @@ export class IdentityDomain implements Domain {
   }
 
   map(_handle: number, runs: RunList, lastPage: number, flags: number): number {
-    if (this.entriesUsed === 0) return RETRY_NOT_YET;
-    const first = this.#ram.gpaPageOf(runs.ramPage[0]!);
-    let next = first;
-    for (let run = 0; run < runs.count; run++) {
-      if (this.#ram.gpaPageOf(runs.ramPage[run]!) !== next) {
-        // A list that is not contiguous cannot become one range here.
-        runs.failedRun = run;
-        return INVALID_EINVAL;
-      }
-      next += runs.runPages[run]!;
-    }
-    // It will never fit, so this is no limit that may pass: such a device wants a translated domain.
-    if (next - 1 > lastPage) return INVALID_PLACE;
-    if ((flags & MAP_FLAG.align) !== 0 && first % 2 ** Math.ceil(Math.log2(runs.pages)) !== 0)
-      return INVALID_PLACE;
-    runs.iovaPage = first;
-    return OK;
+    return this.entriesUsed === 0 ? RETRY_NOT_YET : placeAtGpa(this.#ram, runs, lastPage, flags);
   }
 
   unmap(_handle: number, page: number, pages: number): number {
@@ -501,6 +483,27 @@ export class IdentityDomain implements Domain {
   #gpa(runs: RunList, run: number): Gpa {
     return gpa(this.#ram.gpaPageOf(runs.ramPage[run]!) * PAGE_BYTES);
   }
+}
+
+/** Whether the runs are one range at their own address, below the limit and aligned if that is wanted; a status. */
+export function placeAtGpa(ram: GuestRam, runs: RunList, lastPage: number, flags: number): number {
+  const first = ram.gpaPageOf(runs.ramPage[0]!);
+  let next = first;
+  for (let run = 0; run < runs.count; run++) {
+    if (ram.gpaPageOf(runs.ramPage[run]!) !== next) {
+      // A list that is not contiguous cannot become one range here.
+      runs.failedRun = run;
+      return INVALID_EINVAL;
+    }
+    next += runs.runPages[run]!;
+  }
+  // It will never fit, so this is no limit that may pass: such a device wants a translated domain.
+  if (next - 1 > lastPage) return INVALID_PLACE;
+  if ((flags & MAP_FLAG.align) !== 0 && first % 2 ** Math.ceil(Math.log2(runs.pages)) !== 0) {
+    return INVALID_PLACE;
+  }
+  runs.iovaPage = first;
+  return OK;
 }
 
 function allocatorOf(memory: SharedArrayBuffer, limits: BackendLimits): IovaAllocator {

@@ -32,6 +32,7 @@ import {
   INVALID_NOT_RAM,
   INVALID_STALE,
   INVALID_TOO_LONG,
+  LIMIT_STUCK,
   OK,
   status,
   statusClassOf,
@@ -101,8 +102,6 @@ export interface EngineState {
   readonly injection: SharedArrayBuffer;
 }
 
-/** Mappings that the backend did not undo. */
-const LIMIT_STUCK = status(STATUS.limit, ERRNO.EPROTO);
 const LIMIT_EAGAIN = status(STATUS.limit, ERRNO.EAGAIN);
 
 const MAP_BYTES = LIMITS.mapPages * PAGE_BYTES;
@@ -313,7 +312,10 @@ export class Engine {
     this.out[3] = limits.entries;
     // Each page of a mapping may take a granule.
     const most = smallest([device.quotaBytes, quotaBytes, device.lockableBytes]);
-    this.out[4] = cached === undefined ? most : Math.floor(most / cached.granuleBytes) * PAGE_BYTES;
+    this.out[4] =
+      cached === undefined || most === 0
+        ? most
+        : Math.max(Math.floor(most / cached.granuleBytes), 1) * PAGE_BYTES;
     return OK;
   }
 
@@ -330,7 +332,7 @@ export class Engine {
     const index = this.#domainOf[handle]!;
     const domain = this.#domains[index]!;
     if (!(domain instanceof CachedDomain)) return OK;
-    if (anew === 1 && this.#locked(index, () => domain.unmapAll()) > 0) return LIMIT_STUCK;
+    if (anew === 1 && this.#locked(index, () => domain.beginAnew()) > 0) return LIMIT_STUCK;
     this.out[0] = this.#state.config.domains[index]!.cached!.tableGpa;
     this.out[1] = this.ram.endPage;
     return OK;
@@ -434,8 +436,8 @@ export class Engine {
 
   /**
    * The device is no longer there: calls for it are answered `gone`, and nothing of it stays mapped. In an identity
-   * domain it goes on reaching memory until the VMM takes it out of the domain; with the domain's last device all is
-   * unmapped. Returns the mappings of its domain that are stuck.
+   * or cached domain it goes on reaching memory until the VMM takes it out of the domain; with the domain's last device all
+   * is unmapped. Returns the mappings of its domain that are stuck.
    */
   removeDevice(handle: number): number {
     this.begin(handle);
@@ -446,7 +448,12 @@ export class Engine {
     const domain = this.#domains[index]!;
     const inUse = (at: number) =>
       this.#domainOf[at] === index && Atomics.load(this.#devices, at) === ASSIGNED;
-    for (let other = 1; other <= this.#deviceCount; other++) if (inUse(other)) return domain.stuck;
+    for (let other = 1; other <= this.#deviceCount; other++) {
+      if (!inUse(other)) continue;
+      // Its maps are to make their calls, and hear of it; the others' get PINNED back by one call each.
+      if (domain instanceof CachedDomain) this.#locked(index, () => domain.clearPinned());
+      return domain.stuck;
+    }
     return this.#unmapAll(index);
   }
 
@@ -459,7 +466,9 @@ export class Engine {
   /** The end: reset, and identity domains are unmapped. Returns the mappings that are stuck. */
   close(): number {
     this.reset();
-    return this.#domains.reduce((stuck, _, index) => stuck + this.#unmapAll(index), 0);
+    const stuck = this.#domains.reduce((sum, _, index) => sum + this.#unmapAll(index), 0);
+    for (const domain of this.#domains) if (domain instanceof CachedDomain) domain.forgetCounts();
+    return stuck;
   }
 
   /** Unmaps what is no single device's; returns the mappings of the domain that are stuck. */
@@ -471,23 +480,24 @@ export class Engine {
 
   /**
    * Gives back what cached domains have mapped and nobody has used since the last time. Takes a domain's lock for `granules`
-   * of them at a time; `pause` is called in between, and says whether to go on. One thread's.
+   * of them at a time; `pause` is called before each, and says whether to go on. One thread's.
    */
   async sweep(granules: number, pause: () => Promise<boolean>): Promise<void> {
     for (const [index, domain] of this.#domains.entries()) {
       if (!(domain instanceof CachedDomain)) continue;
-      while (this.#locked(index, () => domain.sweep(granules))) if (!(await pause())) return;
+      do if (!(await pause())) return;
+      while (this.#locked(index, () => domain.sweep(granules)));
     }
   }
 
   /**
    * Rules of injection were added or removed. They see the calls that are made, and under policy cached few are: while there
-   * are rules, every map makes its call.
+   * is a rule for maps, every map makes its call.
    */
   injectionChanged(): void {
     for (const [index, domain] of this.#domains.entries()) {
       // Looked at under the lock: of two changes at a time, the later one's word is the last.
-      if (domain instanceof CachedDomain) this.#locked(index, () => domain.hide(this.injector.hasRules));
+      if (domain instanceof CachedDomain) this.#locked(index, () => domain.hide(this.injector.hasMapRules));
     }
   }
 
@@ -619,13 +629,14 @@ export class Engine {
   }
 
   /**
-   * Gives back what can be, for a map in the domain `asking` that met a limit: in all domains, since quota and locked memory
-   * are common to them. But what is cached goes only for these two, and not for its own domain, which has done that. One
-   * domain's lock at a time, and none is held by the caller. Returns the mappings that went.
+   * Gives back what can be, for a map in the domain `asking` that met a limit: in all domains, since the VM's quota and locked
+   * memory are common to them. But what is cached goes only for these two, and not for its own domain, which has done that.
+   * One domain's lock at a time, and none is held by the caller. Returns the mappings that went.
    */
   #reclaim(asking: number, limit: number): number {
     const errno = statusErrnoOf(limit);
-    const common = errno === ERRNO.EDQUOT || errno === ERRNO.ENOMEM;
+    const vmQuota = errno === ERRNO.EDQUOT && this.#state.config.quotaBytes > 0;
+    const common = vmQuota || errno === ERRNO.ENOMEM;
     let given = 0;
     for (let index = 0; index < this.#domains.length; index++) {
       const domain = this.#domains[index]!;

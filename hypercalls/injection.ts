@@ -173,9 +173,9 @@ export class Injector {
     for (let index = 0; index < INJECTION_RULES_MAX; index++) this.#wakeOf(index);
   }
 
-  /** Whether there are rules, exhausted ones as well. */
-  get hasRules(): boolean {
-    return Atomics.load(this.#words, RULES) > 0;
+  /** Whether there are rules for maps, exhausted ones as well. */
+  get hasMapRules(): boolean {
+    return this.list().some(({ rule }) => rule.calls === "map");
   }
 
   /** The rules that there are, exhausted ones as well, by id. */

@@ -45,6 +45,11 @@ export const INVALID_NOT_RAM = status(STATUS.invalid, ERRNO.EFAULT);
 export const INVALID_STALE = status(STATUS.invalid, ERRNO.ESTALE);
 /** An identity domain cannot place it where the device or the caller needs it. */
 export const INVALID_PLACE = status(STATUS.invalid, ERRNO.ERANGE);
+/** The domain has no entry left. */
+export const LIMIT_ENTRIES = status(STATUS.limit, ERRNO.ENOSPC);
+export const LIMIT_QUOTA = status(STATUS.limit, ERRNO.EDQUOT);
+/** The backend unmapped less than was mapped. */
+export const LIMIT_STUCK = status(STATUS.limit, ERRNO.EPROTO);
 /** The device is no longer there. */
 export const GONE = status(STATUS.gone, ERRNO.ENODEV);
 

@@ -35,6 +35,8 @@ export interface DmaRoom {
   readonly vmQuotaBytes: number;
   readonly lockableBytes: number;
   readonly raiseLockable: string;
+  /** What the smallest mapping may pin, where that is more than its pages: policy cached's granule. */
+  readonly mappingBytes?: number | undefined;
 }
 
 /** Where the limits of a device's IOMMU come from, in words: what to raise. */
@@ -50,7 +52,7 @@ export const RAISE = {
  */
 export function smallRoom(room: DmaRoom, cpus: number): string[] {
   const entries = 4 + 2 * cpus + 4;
-  const bytes = (16 + 80 * cpus + 32) * 2 ** 10;
+  const bytes = Math.max((16 + 80 * cpus + 32) * 2 ** 10, entries * (room.mappingBytes ?? 0));
   const limits = [
     { has: room.quotaBytes, what: "its --dma-limit", raise: "raise it" },
     { has: room.vmQuotaBytes, what: "the --dma-limit of the VM", raise: "raise it" },

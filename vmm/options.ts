@@ -119,13 +119,15 @@ ${modelsHelp()}
                                   the guest needs the module pvdma.ko, without it devices reach nothing
                          cached   pages stay mapped when a driver unmaps them, until nobody has used them for a while
                                   or there is need: a map of such a page costs the guest nothing. Devices reach what
-                                  was used for DMA lately. Needs the module, and devices that can address all of RAM
+                                  was used for DMA lately, to read and to write. Needs the module, and devices that can
+                                  address all of RAM
                          pinned   all of guest RAM, pinned at start, as other VMMs do; the guest needs no module
 
   --dma-limit SIZE[,DEVICE]
                        most guest memory that may be pinned for DMA at a time, for the whole VM or for one assigned
                        device; repeatable. A multiple of 4K; a plain number is bytes. A map that does not fit is
-                       refused, and the guest's driver is told so: it waits until others are unmapped.
+                       refused, and the guest's driver is told so: it waits until others are unmapped. (Policy cached
+                       gives back first what nobody uses.)
   --dma-granule SIZE   what policy cached maps at a time, 4K to 2M, a power of two (default ${DEFAULT_GRANULE}): larger ones take
                        fewer calls and fewer mappings of the IOMMU, and pin more memory than is used
   --dma-idle SECONDS   policy cached gives back what nobody has used for SECONDS, at the latest after twice that time;
@@ -156,6 +158,7 @@ Failures on demand, for testing how drivers take them:
                          burst=N      the calls that follow share its fate, N in all (default 1)
                          errno=E      it fails as if the host had said ENOSPC (default), ENOMEM or EAGAIN
                          delay=MS     it is done, but takes MS milliseconds longer; up to 10000
+                       Under policy cached unmaps make no call, and maps make one each while there is a rule for map.
                        What is injected is counted apart from real failures: see "injected" in the figures.
 
 Figures, and a running guest:

@@ -49,7 +49,7 @@ import { assignableGroup } from "./vfio/sysfs.js";
 /** Signals that end the guest in good order. */
 const END_SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
 
-/** Granules that are looked at before vCPUs and terminal get their turn: some hundred microseconds of a domain's lock. */
+/** Granules that are looked at before vCPUs and terminal get their turn. */
 const SWEEP_GRANULES = 32;
 
 /** A guest that faults so early, so often in a row, will never do anything else. */
@@ -178,8 +178,12 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
     // 3. Guest RAM, and what tracks it. They stay mapped until the process ends.
     const ram = createRam(plan.ram);
     cleanup.add(() => closeSync(ram.fd));
-    const tables = new Map(cached.map((label, i) => [label, createTable(plan.tables[i]!)]));
-    for (const { fd } of tables.values()) cleanup.add(() => closeSync(fd));
+    const tables = new Map<string, TableDescription>();
+    for (const [i, label] of cached.entries()) {
+      const table = createTable(plan.tables[i]!);
+      cleanup.add(() => closeSync(table.fd));
+      tables.set(label, table);
+    }
 
     raiseOpenFilesLimit();
     const stats = new Statistics(ramBytes(ram));
@@ -414,10 +418,16 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     });
     guest.stats.show(engine, state, machine);
     for (const name of guest.gone) engine.removeDevice(handleOf(guest, name));
+    checkCachedReach(guest, config);
     warnOfSmallRoom(guest, config);
     mapPinned(engine);
     engine.injectionChanged();
-    guest.hooks.injectionChanged = () => engine.injectionChanged();
+    guest.hooks.injectionChanged = () => {
+      if (!machine.threadLost) engine.injectionChanged();
+    };
+    cleanup.add(() => {
+      guest.hooks.injectionChanged = () => undefined;
+    });
 
     // 7. The devices, reset, on the guest's PCI bus.
     const bus = new PciBus(machine, pciLayout(plan), warn);
@@ -472,7 +482,7 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     const start = prepareLinux(images, plan, acpi.rsdp);
     for (const write of [...start.writes, ...acpi.writes]) load(guest.memory, write);
 
-    const sweeper = new IdleSweeper(engine, options.idleSeconds);
+    const sweeper = new IdleSweeper(engine, options.idleSeconds, () => machine.threadLost);
     cleanup.add(() => sweeper.stop());
 
     // 9. The vCPUs run, the terminal is the guest's.
@@ -503,18 +513,20 @@ async function runMachine(guest: Guest): Promise<Outcome> {
 /** Looks every so often at what is cached, and gives back what has been idle since the last time. */
 class IdleSweeper {
   private readonly timer: NodeJS.Timeout | undefined;
-  private sweeping: Promise<void> = Promise.resolve();
+  private sweeping: Promise<void> | undefined;
   private stopped = false;
 
-  /** 0 seconds: never. */
-  constructor(engine: Engine, seconds: number) {
+  /** 0 seconds: never. Once a thread is lost, which may have held a lock, it takes none any more. */
+  constructor(engine: Engine, seconds: number, threadLost: () => boolean) {
     if (seconds === 0) return;
     const pause = async () => {
       await setImmediate();
-      return !this.stopped;
+      return !this.stopped && !threadLost();
     };
     this.timer = setInterval(() => {
-      this.sweeping = this.sweeping.then(() => engine.sweep(SWEEP_GRANULES, pause));
+      this.sweeping ??= engine.sweep(SWEEP_GRANULES, pause).finally(() => {
+        this.sweeping = undefined;
+      });
     }, seconds * 1000);
   }
 
@@ -587,15 +599,32 @@ function engineConfig(guest: Guest, open: readonly OpenDomain[]): EngineConfig {
 const lockableFor = ({ behind }: AssignedDevice, { softIommu }: Options): number =>
   behind.kind === "vfio" ? lockableBytes() : (softIommu.lockedBytesMax ?? 0);
 
+/** Policy cached maps RAM at its own addresses, so the IOMMU has to have them all. Throws a VmmError otherwise. */
+function checkCachedReach(guest: Guest, { ram, domains, devices }: EngineConfig): void {
+  for (const [i, { domain }] of devices.entries()) {
+    const { kind, limits } = domains[domain]!;
+    if (kind !== "cached") continue;
+    const outside = ram.find(
+      ({ gpa, bytes }) => !limits.ranges.some(({ first, last }) => first <= gpa && gpa + bytes - 1 <= last),
+    );
+    if (outside === undefined) continue;
+    throw new VmmError(
+      `${guest.devices[i]!.name}: its IOMMU does not translate all of RAM from gpa 0x${outside.gpa.toString(16)}, ` +
+        `${outside.bytes} bytes, as policy cached needs; use dma=strict for it`,
+    );
+  }
+}
+
 /** Says, once, which devices have so little room for mappings that their drivers will hardly probe. */
 function warnOfSmallRoom(guest: Guest, { devices, domains, quotaBytes: vmQuotaBytes }: EngineConfig): void {
   for (const [i, { domain, quotaBytes, lockableBytes }] of devices.entries()) {
     const { name, behind } = guest.devices[i]!;
-    const { kind, limits } = domains[domain]!;
-    if (kind !== "translated" || guest.warned.has(name) || guest.gone.has(name)) continue;
+    const { kind, limits, cached } = domains[domain]!;
+    if (kind === "identity" || guest.warned.has(name) || guest.gone.has(name)) continue;
     guest.warned.add(name);
     const { entries } = limits;
-    const room = { entries, quotaBytes, vmQuotaBytes, lockableBytes, ...RAISE[behind.kind] };
+    const mappingBytes = cached?.granuleBytes;
+    const room = { entries, quotaBytes, vmQuotaBytes, lockableBytes, mappingBytes, ...RAISE[behind.kind] };
     for (const line of smallRoom(room, guest.options.cpus)) warn(`${name}: ${line}`);
   }
 }

@@ -44,8 +44,16 @@ export function createTable({ gpa, bytes }: GpaRange): TableDescription {
 /** This thread's view. */
 export function openTable({ fd, hva, bytes }: TableDescription): TrackingTable {
   const window = memoryWindow(hva, bytes);
+  const entries = new Int32Array(window.buffer, window.byteOffset, bytes / 4);
   return {
-    entries: new Int32Array(window.buffer, window.byteOffset, bytes / 4),
-    clear: () => punchHole(fd, 0, bytes),
+    entries,
+    clear: () => {
+      try {
+        punchHole(fd, 0, bytes);
+      } catch {
+        // It only costs more: the guest may be waiting for this in a call, where nothing throws.
+        entries.fill(0);
+      }
+    },
   };
 }

@@ -323,7 +323,7 @@ static void counts_in_the_table(void)
 	u32 i;
 
 	/* nothing is pinned: the host has to be called; every page that is touched counts */
-	EQUAL(pvdma_table_count(&table, 0x1fff, 2, &missing), true);
+	EQUAL(pvdma_table_count(&table, 0x1fff, 2, &missing), 0);
 	EQUAL(missing, true);
 	EQUAL(entries[1], 1);
 	EQUAL(entries[2], 1);
@@ -333,24 +333,30 @@ static void counts_in_the_table(void)
 	entries[1] |= PINNED;
 	entries[2] |= PINNED | USED;
 	missing = false;
-	EQUAL(pvdma_table_count(&table, 0x1000, 0x2000, &missing), true);
+	EQUAL(pvdma_table_count(&table, 0x1000, 0x2000, &missing), 0);
 	EQUAL(missing, false);
 	EQUAL(entries[1], PINNED | USED | 2);
 	EQUAL(entries[2], PINNED | USED | 2);
 
 	/* one of two */
-	EQUAL(pvdma_table_count(&table, 0x2000, 0x1001, &missing), true);
+	EQUAL(pvdma_table_count(&table, 0x2000, 0x1001, &missing), 0);
 	EQUAL(missing, true);
 
-	EQUAL(pvdma_table_uncount(&table, 0x2000, 0x1001), 0);
-	EQUAL(pvdma_table_uncount(&table, 0x1000, 0x2000), 0);
-	EQUAL(pvdma_table_uncount(&table, 0x1fff, 2), 0);
+	EQUAL(pvdma_table_uncount(&table, 0x2000, 0x1001), true);
+	EQUAL(pvdma_table_uncount(&table, 0x1000, 0x2000), true);
+	/* more than was mapped: what is counted stays so */
+	EQUAL(pvdma_table_uncount(&table, 0x1000, 0x3000), false);
+	EQUAL(entries[1], PINNED | USED | 1);
+	EQUAL(pvdma_table_uncount(&table, 0x1010, 0), false);
+	EQUAL(pvdma_table_uncount(&table, 0x1000, 0), false);
+	EQUAL(entries[1], PINNED | USED | 1);
+	EQUAL(pvdma_table_uncount(&table, 0x1fff, 2), true);
 	EQUAL(entries[1], PINNED | USED);
 	EQUAL(entries[2], PINNED | USED);
 	EQUAL(entries[3], 0);
 
-	/* what is not counted is not taken, nor anything from its neighbours' bits */
-	EQUAL(pvdma_table_uncount(&table, 0x1000, 0x3000), 3);
+	/* nor is anything taken from the bits beside a count of 0 */
+	EQUAL(pvdma_table_uncount(&table, 0x1000, 0x1000), false);
 	EQUAL(entries[1], PINNED | USED);
 	EQUAL(entries[3], 0);
 	for (i = 4; i < TABLE_PAGES; i++)
@@ -362,12 +368,15 @@ static void the_table_has_an_end(void)
 	bool missing = false;
 	u32 i;
 
-	EQUAL(pvdma_table_count(&table, (TABLE_PAGES - 1) * 4096ull, 4096, &missing), true);
-	EQUAL(pvdma_table_count(&table, (TABLE_PAGES - 1) * 4096ull, 4097, &missing), false);
-	EQUAL(pvdma_table_count(&table, TABLE_PAGES * 4096ull, 1, &missing), false);
-	EQUAL(pvdma_table_count(&table, ~0ull, 1, &missing), false);
-	EQUAL(pvdma_table_count(&table, 0, ~0ull, &missing), false);
-	EQUAL(pvdma_table_uncount(&table, (TABLE_PAGES - 1) * 4096ull, 4097), 1);
+	EQUAL(pvdma_table_count(&table, (TABLE_PAGES - 1) * 4096ull, 4096, &missing), 0);
+	EQUAL(pvdma_table_count(&table, (TABLE_PAGES - 1) * 4096ull, 4097, &missing),
+	      PVDMA_STATUS_INVALID);
+	EQUAL(pvdma_table_count(&table, TABLE_PAGES * 4096ull, 1, &missing), PVDMA_STATUS_INVALID);
+	EQUAL(pvdma_table_count(&table, ~0ull, 1, &missing), PVDMA_STATUS_INVALID);
+	EQUAL(pvdma_table_count(&table, 0, ~0ull, &missing), PVDMA_STATUS_INVALID);
+	EQUAL(pvdma_table_count(&table, 0x1000, 0, &missing), PVDMA_STATUS_INVALID);
+	EQUAL(pvdma_table_uncount(&table, (TABLE_PAGES - 1) * 4096ull, 4097), false);
+	EQUAL(pvdma_table_uncount(&table, (TABLE_PAGES - 1) * 4096ull, 4096), true);
 	for (i = 0; i < TABLE_PAGES; i++)
 		EQUAL(entries[i], 0);
 }
@@ -378,13 +387,13 @@ static void counts_do_not_overflow(void)
 
 	entries[4] = PINNED | USED;
 	entries[5] = PINNED | USED | PVDMA_TABLE_COUNT_MAX;
-	EQUAL(pvdma_table_count(&table, 0x4000, 0x3000, &missing), false);
+	EQUAL(pvdma_table_count(&table, 0x4000, 0x3000, &missing), PVDMA_STATUS_LIMIT);
 	EQUAL(missing, false);
 	EQUAL(entries[4], PINNED | USED);
 	EQUAL(entries[5], PINNED | USED | PVDMA_TABLE_COUNT_MAX);
 	EQUAL(entries[6], 0);
 	entries[5]--;
-	EQUAL(pvdma_table_count(&table, 0x5000, 1, &missing), true);
+	EQUAL(pvdma_table_count(&table, 0x5000, 1, &missing), 0);
 }
 
 static void maps_what_is_counted(void)

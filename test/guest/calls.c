@@ -56,11 +56,12 @@ static const struct contract {
 	[PVDMA_CALL_MAP_LIST] = { "map_list", OUT_RDI | OUT_RSI, OUT_RSI },
 	[PVDMA_CALL_UNMAP_LIST] = { "unmap_list", OUT_RDI | OUT_RSI, OUT_RSI },
 	[PVDMA_CALL_RELEASE] = { "release", OUT_RDI | OUT_RSI, 0 },
+	[PVDMA_CALL_TABLE] = { "table", OUT_RDI | OUT_RSI, 0 },
 };
 
 static const struct contract *contract_of(u64 call)
 {
-	return &contract[(u32)call <= PVDMA_CALL_RELEASE ? (u32)call : 0];
+	return &contract[(u32)call <= PVDMA_CALL_TABLE ? (u32)call : 0];
 }
 
 /* --- registers ------------------------------------------------------------ */
@@ -508,7 +509,7 @@ static void unknown_calls(void)
 {
 	static const struct value numbers[] = {
 		{ "0", 0 },
-		{ "8", 8 },
+		{ "9", PVDMA_CALL_TABLE + 1 },
 		{ "99", NO_CALL },
 		{ "2^8+4", 1u << 8 | PVDMA_CALL_UNMAP },
 		{ "2^16+4", 1u << 16 | PVDMA_CALL_UNMAP },
@@ -553,6 +554,8 @@ static void bad_handles(void)
 		make_call(registers_out32, "unmap_list-handle", handles[i].name);
 		set_call(PVDMA_CALL_RELEASE, handles[i].value, innocents[ONE_PAGE].iova);
 		make_call(registers_out32, "release-handle", handles[i].name);
+		set_call(PVDMA_CALL_TABLE, handles[i].value, 0);
+		make_call(registers_out32, "table-handle", handles[i].name);
 	}
 	if (devices < 2)
 		return;
@@ -568,8 +571,9 @@ static void bad_maps(void)
 	static const struct value flags[] = {
 		{ "0", 0 },
 		{ "align-only", PVDMA_MAP_ALIGN },
-		{ "8", 8 },
-		{ "3+8", READ_WRITE | 8 },
+		{ "counted", PVDMA_MAP_COUNTED },
+		{ "3+counted", READ_WRITE | PVDMA_MAP_COUNTED },
+		{ "3+16", READ_WRITE | 16 },
 		{ "3+2^31", READ_WRITE | 1u << 31 },
 		{ "3+2^32", READ_WRITE | 1ull << 32 },
 		{ "3+2^63", READ_WRITE | 1ull << 63 },
@@ -746,6 +750,21 @@ static void bad_unmap_lists(void)
 	unmap_list("in-a-mapping", (u64)call_page, 1);
 }
 
+/* There is none with this policy, and so nothing to begin anew. */
+static void tables(void)
+{
+	if (!devices)
+		return;
+	set_call(PVDMA_CALL_TABLE, first_handle, 0);
+	make_call(registers_out32, "table", "strict");
+	set_call(PVDMA_CALL_TABLE, first_handle, 1);
+	make_call(registers_out32, "table", "anew");
+	set_call(PVDMA_CALL_TABLE, first_handle, 2);
+	make_call(registers_out32, "table", "2");
+	set_call(PVDMA_CALL_TABLE, first_handle, 1ull << 53 | 1);
+	make_call(registers_out32, "table", "2^53+1");
+}
+
 /* Everything of the second device, and nothing of the first. */
 static void releases(void)
 {
@@ -918,6 +937,7 @@ void guest_main(void)
 	bad_unmaps();
 	bad_map_lists();
 	bad_unmap_lists();
+	tables();
 	releases();
 	no_calls();
 	from_cpl3();

@@ -474,7 +474,7 @@ static u64 any_flags(struct cpu *cpu)
 {
 	const u64 edges[] = {
 		0, PVDMA_MAP_ALIGN, 8, READ_WRITE | 8, READ_WRITE | 1ull << 31, READ_WRITE | 1ull << 32,
-		READ_WRITE | 1ull << 53, READ_WRITE | 1ull << 63, ~0ull, random(cpu),
+		READ_WRITE | 16, READ_WRITE | 1ull << 53, READ_WRITE | 1ull << 63, ~0ull, random(cpu),
 	};
 
 	return one_in(cpu, 4) ? PICK(cpu, edges) : any_access(cpu);
@@ -678,6 +678,18 @@ static void release(struct cpu *cpu)
 	pages_done(cpu, cpu->now.rsi / PAGE);
 }
 
+/* Devices here are strict: they have none, and nothing that could begin anew. */
+static void table(struct cpu *cpu)
+{
+	const u64 anews[] = { 0, 1, 2, 1ull << 32 | 1, 1ull << 53, ~0ull };
+	u64 handle = any_handle(cpu), anew = PICK(cpu, anews);
+
+	set_call(cpu, PVDMA_CALL_TABLE, handle, anew, random(cpu));
+	if (call(cpu, handle >= 1 && handle <= run.devices && anew <= 1 ? OK : INVALID) &&
+	    (cpu->now.rdi || cpu->now.rsi))
+		wrong(cpu, "table");
+}
+
 static void probe(struct cpu *cpu)
 {
 	u64 page = (u64)call_page(cpu), count = 1;
@@ -743,7 +755,7 @@ static void storm_on(u32 number)
 		{ 12, map_own }, { 6, map_list_own }, { 14, unmap_own }, { 3, unmap_list_own },
 		{ 8, map_public }, { 8, unmap_any_public }, { 4, call_shared },
 		{ 10, map_wild }, { 10, unmap_wild }, { 6, map_list_wild }, { 4, unmap_list_wild },
-		{ 6, attack_innocent }, { 1, release }, { 2, probe }, { 2, is_assigned }, { 2, unknown },
+		{ 6, attack_innocent }, { 1, release }, { 1, table }, { 2, probe }, { 2, is_assigned }, { 2, unknown },
 		{ 4, noise },
 	};
 	struct cpu *cpu = &cpu_data[number];

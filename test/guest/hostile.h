@@ -42,7 +42,7 @@ struct run {
 extern struct run run;
 extern struct pvdma_iova_range run_ranges[PVDMA_LIST_ENTRIES];
 
-#define CALLS		(PVDMA_CALL_RELEASE + 1)
+#define CALLS		(PVDMA_CALL_TABLE + 1)
 #define CLASSES		(PVDMA_STATUS_GONE + 1)
 
 /* A mapping in a word, for tables that other CPUs look at: first page and pages. */

@@ -53,6 +53,7 @@ static const struct {
 	[PVDMA_CALL_MAP_LIST] = { "map_list", SETS(RDI), true },
 	[PVDMA_CALL_UNMAP_LIST] = { "unmap_list", SETS(RDI), true },
 	[PVDMA_CALL_RELEASE] = { "release", SETS(RDI) | SETS(RSI), false },
+	[PVDMA_CALL_TABLE] = { "table", SETS(RDI) | SETS(RSI), false },
 };
 
 static u32 call_of(const struct registers *registers)

@@ -45,7 +45,7 @@ const innocents = `
   innocent:contiguous map_list ok 0 rdi=~000 pages=4
   innocent:twice map_list ok 0 rdi=~000 pages=2`;
 
-const offer = "rdi=0x10001 rsi=0x3 r8=~[13579bdf]000 r9=0x0";
+const offer = "rdi=0x10002 rsi=0x7 r8=~[13579bdf]000 r9=0x0";
 const probes = `
 = probe:plain probe ok 0 ${offer} r10=0x0
 = probe:ranges probe ok 0 ${offer} r10=0x[1-9]
@@ -64,7 +64,7 @@ const assignments = ["2^16", "2^32-1", "2^53", "2^64-1", "above-32-bits", "other
   (name) => `= is_assigned:${name} is_assigned ok 0 rdi=0x0 rsi=0x0 r8=0x0 r9=0x0 r10=0x0`,
 );
 
-const unknownCalls = ["0", "8", "99", "2^8+4", "2^16+4", "2^31+4", "2^32-1"].map(
+const unknownCalls = ["0", "9", "99", "2^8+4", "2^16+4", "2^31+4", "2^32-1"].map(
   (number) => `= unknown:${number} unknown invalid ENOSYS`,
 );
 
@@ -74,7 +74,8 @@ const handles = ["0", "next", "33", "2^31+1", "2^32", "2^32+1", "2^53+1", "2^63"
   unmap-handle:${handle} unmap invalid ENODEV
   map_list-handle:${handle} map_list invalid ENODEV rsi=0x0
   unmap_list-handle:${handle} unmap_list invalid ENODEV rsi=0x0
-  release-handle:${handle} release invalid ENODEV`,
+  release-handle:${handle} release invalid ENODEV
+  table-handle:${handle} table invalid ENODEV`,
 );
 const otherDevice = `
 2 unmap-handle:other-device unmap invalid ESTALE
@@ -111,8 +112,9 @@ const maps = `
   map:iova-max-1MiB map limit ERANGE
 = map-flags:0 map invalid EINVAL
 = map-flags:align-only map invalid EINVAL
-= map-flags:8 map invalid EINVAL
-= map-flags:3+8 map invalid EINVAL
+= map-flags:counted map invalid EINVAL
+  map-flags:3+counted map invalid EINVAL
+= map-flags:3+16 map invalid EINVAL
 = map-flags:3+2^31 map invalid EINVAL
 = map-flags:3+2^32 map invalid EINVAL
 = map-flags:3+2^63 map invalid EINVAL
@@ -194,6 +196,12 @@ const unmapLists = `
   unmap_list:bytes-2^64-1 unmap_list invalid E2BIG rsi=0x0
   unmap_list:in-a-mapping unmap_list invalid ESTALE rsi=0x0`;
 
+const tables = `
+1 table:strict table ok 0 rdi=0x0 rsi=0x0
+1 table:anew table ok 0 rdi=0x0 rsi=0x0
+1 table:2 table invalid EINVAL
+1 table:2^53+1 table invalid EINVAL`;
+
 const releases = `
 2 release:nothing release ok 0 rdi=0x0 rsi=0x0
 2 map:for-release map ok 0 rdi=~123 pages=2
@@ -245,7 +253,7 @@ function innocentTotals({ devices, high }: Shape): { pages: number; pinnedPages:
 function expectedCases(shape: Shape): { before: Case[]; after: Case[] } {
   const before = [
     ...[innocents, probes, ...assignments, ...unknownCalls, ...handles, otherDevice, maps, unmaps],
-    ...[...listArguments, mapLists, unmapLists, releases, ...noCalls, fromCpl3],
+    ...[...listArguments, mapLists, unmapLists, tables, releases, ...noCalls, fromCpl3],
   ];
   return { before: parseTable(before.join("\n"), shape), after: parseTable(theEnd, shape) };
 }
@@ -283,7 +291,7 @@ function lineOf(wanted: Case, printed: string | undefined): string {
 function expectedCounters(cases: readonly Case[], found: number): Map<string, number> {
   const counters = new Map<string, number>();
   const add = (name: string, more: number) => counters.set(name, (counters.get(name) ?? 0) + more);
-  for (const call of ["probe", "is_assigned", "map", "unmap", "map_list", "unmap_list", "release"]) {
+  for (const call of ["probe", "is_assigned", "map", "unmap", "map_list", "unmap_list", "release", "table"]) {
     for (const field of ["calls", "errors", "pages"]) add(`hypercalls/${call}/${field}`, 0);
   }
   for (const status of ["ok", "retry", "limit", "invalid", "gone"]) add(`hypercalls/status/${status}`, 0);

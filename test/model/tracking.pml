@@ -1,5 +1,5 @@
 /*
- * The protocol of the tracking table, as guest-shim/pvdma_core.c and hypercalls/cached.ts follow it, for spin to explore:
+ * The protocol of the tracking table, as guest-shim/pvdma_table.h and hypercalls/cached.ts follow it, for spin to explore:
  * two vCPUs map and unmap pages at random, singly and as lists over two granules, while a reclaimer gives back what is
  * idle, and each map call reclaims when the host has no entry left. Every step that touches shared memory is one
  * statement here, and every order of them is tried.
@@ -253,7 +253,19 @@ end:	do
 		do
 		:: page > last -> break
 		:: else ->
-#ifndef MUTATE_LOOK_FIRST
+#ifdef MUTATE_TWO_STEPS
+			/* read, add, write: an add without a lock prefix */
+			d_step {
+				was_pinned = table[page].pinned;
+				was_used = table[page].used;
+				seen_count = table[page].count
+			};
+			d_step {
+				table[page].pinned = was_pinned;
+				table[page].used = was_used;
+				table[page].count = seen_count + 1
+			};
+#elif !defined(MUTATE_LOOK_FIRST)
 			d_step {
 				was_pinned = table[page].pinned;
 				was_used = table[page].used;

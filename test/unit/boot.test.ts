@@ -7,7 +7,7 @@ import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { suite } from "uvu";
-import { ABI_VERSION, CPUID, FEATURE, LIMITS, PORT } from "../../hypercalls/abi.js";
+import { ABI_VERSION, CPUID, FEATURES, LIMITS, PORT } from "../../hypercalls/abi.js";
 import { gpa } from "../../hypercalls/addresses.js";
 import { ACPI_PORTS, acpiTables, gsiOfPin, IOAPIC_PINS } from "../../vmm/boot/acpi.js";
 import * as aml from "../../vmm/boot/aml.js";
@@ -501,6 +501,38 @@ map("RAM beyond 3 GiB goes above 4 GiB and keeps its offsets", () => {
   assert.deepEqual(plan.e820.at(-1), { gpa: 4 * GiB, bytes: 5 * GiB, type: "ram" });
 });
 
+map("tracking tables have an entry for each page up to RAM's end, and lie behind it", () => {
+  for (const memoryBytes of [64 * MiB, 3 * GiB, 8 * GiB]) {
+    const plan = layout.planMemory({ memoryBytes, physicalBits: 40, tables: 3 });
+    const last = plan.ram.at(-1)!;
+    assert.equal(plan.tables.length, 3);
+    const all: layout.GpaRange[] = [...plan.ram, ...plan.tables, plan.mmio32, plan.mmio64, layout.ECAM];
+    for (const [i, table] of plan.tables.entries()) {
+      assert.ok(table.bytes >= ((last.gpa + last.bytes) / 4096) * 4);
+      assert.equal(table.gpa % (2 * MiB), 0);
+      assert.equal(table.bytes % 4096, 0);
+      assert.ok(plan.e820.some((entry) => entry.gpa === table.gpa && entry.type === "reserved"));
+      for (const other of all) if (other !== table) assert.ok(!overlap(other, table), `table ${i}`);
+    }
+  }
+  // What is advised is possible.
+  const advice = (memoryBytes: number, physicalBits: number): string => {
+    try {
+      layout.planMemory({ memoryBytes, physicalBits, tables: 2 });
+      return "";
+    } catch (error) {
+      assert.ok(error instanceof VmmError);
+      return error.message;
+    }
+  };
+  const most = /give --memory (\d+)M or less/.exec(advice(48128 * MiB, 36))!;
+  assert.equal(advice(Number(most[1]) * MiB, 36), "");
+  assert.match(
+    advice(2048 * GiB, 46),
+    /more than policy cached can keep track of: use --dma strict or pinned/,
+  );
+});
+
 map("the structures below 1 MiB do not overlap and lie in usable RAM", () => {
   const places: layout.GpaRange[] = [
     { gpa: layout.GDT_GPA, bytes: 32 },
@@ -948,7 +980,7 @@ cpuid("the discovery block is what the contract says, and replaces what was ther
   const second = leaf(entries, CPUID.first + 1);
   assert.deepEqual(
     [second.eax, second.ebx, second.ecx, second.edx],
-    [ABI_VERSION, FEATURE.list | FEATURE.release, PORT, LIMITS.listEntries],
+    [ABI_VERSION, FEATURES, PORT, LIMITS.listEntries],
   );
   assert.equal(leaf(entries, CPUID.first + 2).eax, LIMITS.mapPages);
   const fewer = vcpuCpuid(intel, { apicId: 0, cpus: 1, tscDeadline: true, features: 0 });

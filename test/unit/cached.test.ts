@@ -184,6 +184,12 @@ calls("a granule ends where RAM does, and a range may go on in the next slot", (
   assert.throws(() => makeCached({ granulePages: 128 }), /does not begin with a granule/);
 });
 
+calls("a quota that is less than a granule is told as a page, not as none", () => {
+  const { engine } = makeCached({ quotaBytes: 2 * PAGE });
+  assert.equal(engine.isAssigned(8), 0);
+  assert.equal(engine.out[4], PAGE);
+});
+
 calls("a list of scattered pages is one call", () => {
   const cached = makeCached();
   const { guest, engine } = cached;
@@ -336,10 +342,18 @@ calls("begun anew, and with the domain's last device, everything is unmapped and
   guest.map(0, 9);
   assert.equal(engine.removeDevice(1), 0);
   assert.ok(reaches(cached, 0), "the other device's");
-  assert.equal(guest.map(4, 1) & 0xff, 0, "no call");
-  assert.equal(guest.map(20, 1), status(STATUS.gone, ERRNO.ENODEV));
+  assert.equal(guest.map(4, 1), status(STATUS.gone, ERRNO.ENODEV), "its next map is told");
+  const other = new TableGuest(guest.entries, engine, 2);
+  assert.equal(other.map(4, 1), 0);
+  assert.equal(other.map(4, 1), 0);
+  assert.equal(other.calls, 1, "the other's is PINNED again");
   assert.equal(engine.removeDevice(2), 0);
   assert.equal(engine.pinnedBytes, 0);
+  assert.deepEqual([guest.count(0), guest.count(4)], [1, 3], "counts are the guest's");
+  for (let page = 0; page < END_PAGE; page++) assert.ok(!guest.isPinned(page));
+  guest.unmap(0, 9);
+  assert.equal(engine.close(), 0);
+  assert.equal(guest.count(4), 0, "until the machine ends");
 });
 
 calls("what the backend does not unmap is stuck: never PINNED, never said to be mapped, tried again", () => {

@@ -8,8 +8,8 @@ import * as assert from "uvu/assert";
 import { repoRoot, scratchDir } from "../lab/cache.js";
 
 const MODEL = join(repoRoot, "test/model/tracking.pml");
-/** Steps on one path; the longest has less than two million. */
-const DEPTH = 4_000_000;
+/** Steps on one path; the longest has less than 1.8 million. */
+const DEPTH = 2_000_000;
 
 /** Explores the model with these macros defined; returns the states it stored, and the first error's words. */
 function explore(...macros: string[]): { states: number; error: string | undefined } {
@@ -23,13 +23,13 @@ function explore(...macros: string[]): { states: number; error: string | undefin
       options,
     );
     const { stdout, stderr, status } = spawnSync("./pan", [`-m${DEPTH}`], options);
-    // What was cut short proves nothing.
     assert.is(status, 0, stderr + stdout);
-    assert.not.match(stdout, /max search depth too small|out of memory|memory limit|truncated/);
     const states = Number(/^ *(\d+) states, stored/m.exec(stdout)?.[1]);
     const errors = Number(/ errors: (\d+)/.exec(stdout)?.[1]);
     const error = /^pan:1: (.*)$/m.exec(stdout)?.[1];
     assert.is(errors > 0, error !== undefined, stdout);
+    // What was cut short proves nothing; it is at the first error, too.
+    if (error === undefined) assert.not.match(stdout, /search depth too small|out of memory|not completed/i);
     return { states, error };
   } finally {
     scratch.remove();
@@ -55,6 +55,7 @@ for (const [macro, what] of [
   ["MUTATE_UNMAP_FIRST", "reclaim unmaps before it takes PINNED away"],
   ["MUTATE_NO_ROLLBACK", "reclaim does not put back what it took"],
   ["MUTATE_PINNED_FIRST", "a map call sets PINNED before it maps"],
+  ["MUTATE_TWO_STEPS", "the guest's add is not one atomic step"],
   ["MUTATE_LOOK_FIRST", "the guest looks for PINNED before it counts"],
   ["MUTATE_NO_LOCK", "calls and reclaim do not exclude each other"],
 ] as const) {

@@ -141,7 +141,7 @@ export function planMemory(want: {
   const windowBytes = Math.min(addressEnd / 4, TiB);
   const windowStart = roundUp(tablesStart + tables.length * tableStep, windowBytes);
   if (windowStart + windowBytes > addressEnd) {
-    const most = addressEnd - windowBytes - HIGH_RAM_GPA + LOW_RAM_MAX_BYTES;
+    const most = addressEnd - windowBytes - tables.length * tableStep - HIGH_RAM_GPA + LOW_RAM_MAX_BYTES;
     throw new VmmError(
       `memory of ${inMiB(memoryBytes)} does not fit the ${physicalBits}-bit physical addresses of this CPU: give --memory ${inMiB(most)} or less`,
     );
