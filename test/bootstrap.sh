@@ -80,7 +80,7 @@ exec 9<&-
 case "$mode" in
   start) exec node build/test/lab/start.js "$@" ;;
   lab) exec node build/test/lab/cli.js "$@" ;;
-  bench) exec node --expose-gc build/test/bench/engine.js "$@" ;;
+  bench) exec node build/test/bench/run.js "$@" ;;
   test)
     node build/test/lab/kernels.js
     exec node build/test/run.js "$@"
