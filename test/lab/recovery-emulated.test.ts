@@ -28,7 +28,8 @@ for (const [entries, cpus] of SOAK
       [30, 1],
       [30, 4],
       [50, 1],
-      [90, 1],
+      // One vCPU never has 90 in use at a time, for nothing holds this device back.
+      [90, 4],
     ] as const)
   : ([[30, 1]] as const)) {
   const name = `entries=${entries}, ${cpus} vCPUs: the driver waits, and every byte is right`;

@@ -90,7 +90,7 @@ say cpus $(nproc)
 say hash $(hash)
 say fio
 fio --name=v --filename=/dev/nvme0n1 --rw=randwrite --bs=4k --size=4M --ioengine=io_uring --iodepth=16 --direct=1 \\
-  --verify=crc32c --do_verify=1 --verify_fatal=1 --output=/tmp/fio --output-format=json || { cat /tmp/fio; fail fio; }
+  --eta=never --verify=crc32c --do_verify=1 --verify_fatal=1 --output=/tmp/fio --output-format=json || { cat /tmp/fio; fail fio; }
 say verified $(grep -c . /tmp/fio) $(grep -m1 '"error"' /tmp/fio)
 sync
 echo 3 > /proc/sys/vm/drop_caches

@@ -256,6 +256,34 @@ calls("what is idle is given back, what is in use or was used lately is not", as
   assertConsistent(cached);
 });
 
+calls("a page that is mapped between the host's look at its entry and the swap stays mapped", async () => {
+  for (let page = 0; page < GRANULE_PAGES; page++) {
+    const cached = makeCached();
+    const { guest, engine } = cached;
+    guest.map(0, GRANULE_PAGES);
+    guest.unmap(0, GRANULE_PAGES);
+    await engine.sweep(1, async () => true);
+    // The other CPU's step, in the one place where it is hard to hit by chance.
+    const { load } = Atomics;
+    let mapped: number | undefined;
+    Atomics.load = ((array: Int32Array, index: number) => {
+      const value = load(array, index);
+      if (array === guest.entries && index === page) mapped ??= guest.map(page, 1);
+      return value;
+    }) as typeof Atomics.load;
+    try {
+      await engine.sweep(1, async () => true);
+    } finally {
+      Atomics.load = load;
+    }
+    assert.equal(mapped, 0);
+    assert.equal(guest.calls, 1, "by a count alone");
+    assert.equal(guest.count(page), 1);
+    assert.ok(reaches(cached, page), `page ${page}`);
+    assertConsistent(cached);
+  }
+});
+
 calls("without an entry left the least used granule makes room; with all in use it is a limit", () => {
   const cached = makeCached({ entries: 3 });
   const { guest, engine } = cached;
