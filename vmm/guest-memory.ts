@@ -28,22 +28,36 @@ export interface RamDescription {
   readonly slots: readonly RamPiece[];
 }
 
+/**
+ * A memfd of so many bytes (whole pages), all zero, mapped for the life of the process and left out of core dumps; pages
+ * nobody touches cost nothing. Throws a SystemError.
+ */
+export function createSharedMemory(name: string, bytes: number): { readonly fd: number; readonly hva: Hva } {
+  const fd = memfdCreate(name);
+  try {
+    ftruncateSync(fd, bytes);
+    const address = mmapShared(fd, bytes, 0, PROT_READ | PROT_WRITE, MAP_NORESERVE);
+    madvise(address, bytes, MADV_DONTDUMP);
+    return { fd, hva: address };
+  } catch (error) {
+    closeSync(fd);
+    throw error;
+  }
+}
+
 /** Makes RAM of the given pieces (whole pages, ascending, apart); throws a VmmError when the system refuses. */
 export function createRam(pieces: readonly { gpa: number; bytes: number }[]): RamDescription {
   const totalBytes = pieces.reduce((sum, piece) => sum + piece.bytes, 0);
-  const fd = memfdCreate("guest-ram");
-  let base: Hva;
+  let memory: ReturnType<typeof createSharedMemory>;
   try {
-    ftruncateSync(fd, totalBytes);
-    base = mmapShared(fd, totalBytes, 0, PROT_READ | PROT_WRITE, MAP_NORESERVE);
+    memory = createSharedMemory("guest-ram", totalBytes);
   } catch (error) {
-    closeSync(fd);
     const mebibytes = totalBytes / 2 ** 20;
     throw new VmmError(
       `${mebibytes} MiB of guest RAM cannot be had: ${(error as Error).message}; give less --memory`,
     );
   }
-  madvise(base, totalBytes, MADV_DONTDUMP);
+  const { fd, hva: base } = memory;
   let fileOffset = 0;
   const slots = pieces.map((piece) => {
     const slot = { gpa: gpa(piece.gpa), bytes: piece.bytes, fileOffset, hva: hva(base + fileOffset) };

@@ -1,21 +1,12 @@
 // The memory of a tracking table (hypercalls/cached.ts): a memfd of its own, mapped once and for the life of the process,
 // that the guest sees as a memory slot. Entries nobody touched cost nothing.
 
-import { closeSync, ftruncateSync } from "node:fs";
 import type { Gpa, Hva } from "../hypercalls/addresses.js";
 import type { TrackingTable } from "../hypercalls/cached.js";
 import type { GpaRange } from "./boot/layout.js";
 import { errorMessage, VmmError } from "./errors.js";
-import {
-  MADV_DONTDUMP,
-  MAP_NORESERVE,
-  madvise,
-  memfdCreate,
-  mmapShared,
-  PROT_READ,
-  PROT_WRITE,
-  punchHole,
-} from "./native/libc.js";
+import { createSharedMemory } from "./guest-memory.js";
+import { punchHole } from "./native/libc.js";
 import { memoryWindow } from "./native/memory-window.js";
 
 /** What a Worker needs to see a table; plain numbers. */
@@ -29,14 +20,9 @@ export interface TableDescription {
 
 /** Makes a table of zeros; throws a VmmError when the system refuses. */
 export function createTable({ gpa, bytes }: GpaRange): TableDescription {
-  const fd = memfdCreate("tracking-table");
   try {
-    ftruncateSync(fd, bytes);
-    const hva = mmapShared(fd, bytes, 0, PROT_READ | PROT_WRITE, MAP_NORESERVE);
-    madvise(hva, bytes, MADV_DONTDUMP);
-    return { fd, gpa, hva, bytes };
+    return { gpa, bytes, ...createSharedMemory("tracking-table", bytes) };
   } catch (error) {
-    closeSync(fd);
     throw new VmmError(`${bytes} bytes for the tracking table cannot be had: ${errorMessage(error)}`);
   }
 }
