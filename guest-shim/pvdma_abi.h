@@ -126,8 +126,9 @@
  * entry touches, one entry after the other. All or nothing: with another
  * status than ok nothing of it is mapped, except in the rare case that the
  * host cannot undo a part; that part stays pinned, and its IOVA is given to
- * nobody. A device with identity needs a list that is contiguous, unless the
- * guest counted its pages: each then is where its gpa says.
+ * nobody. With policy cached pages may stay mapped that nobody has mapped. A
+ * device with identity needs a list that is contiguous, unless the guest
+ * counted its pages: each then is where its gpa says.
  *   IN  rdi  handle
  *   IN  rsi  gpa of the call page: entries {u64 gpa, u64 bytes}
  *   IN  r8   entries, 1 to 256
@@ -152,9 +153,10 @@
 
 /*
  * release: Takes back every mapping of a device whose driver is gone (since
- * 1.1). The caller has stopped the device first: bus mastering off, or reset.
- * With another status than ok some of it stays mapped; asking again tries
- * again.
+ * 1.1); none of a device that has its domain's addresses, identity, in common
+ * with others: see table. The caller has stopped the device first: bus
+ * mastering off, or reset. With another status than ok some of it stays
+ * mapped; asking again tries again.
  *   IN  rdi  handle
  *   OUT rdi  mappings taken back
  *   OUT rsi  bytes of them, whole pages
@@ -163,9 +165,10 @@
 
 /*
  * table: Where the tracking table is that this device's policy cached uses
- * (since 1.2). Devices of one domain have one in common. Begun anew, by a
- * kernel that finds it for the first time, nothing is mapped and all counts
- * are 0; the devices of the domain have to be stopped.
+ * (since 1.2). Devices of one domain have one in common. Begun anew, when a
+ * kernel finds it for the first time and when the last driver of such a device
+ * is gone, nothing is mapped and all counts are 0; the devices of the domain
+ * have to be stopped.
  *   IN  rdi  handle
  *   IN  rsi  1 to begin anew, else 0
  *   OUT rdi  gpa of the table, whole pages
