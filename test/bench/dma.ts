@@ -1,0 +1,169 @@
+// What a driver pays for DMA: a page mapped and unmapped, a list of scattered pages, and a disk that is read from; an
+// assigned NVMe controller under each of our policies and under QEMU's ways to give a guest a device, in one host. The
+// benchmark module uses the plain DMA API (test/modules/dmabench.c), so it is the same for all. And what the host's kernel
+// costs by itself (bounds.c): nobody can be faster than that. `node build/test/bench/dma.js [ROUNDS]`
+
+import { execFile } from "node:child_process";
+import { truncateSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { promisify } from "node:util";
+import { repoRoot, scratchDir } from "../lab/cache.js";
+import { buildGuestImage, buildModule, type GuestOptions } from "../lab/guest.js";
+import { bindVfio, type HostProcess, must } from "../lab/host.js";
+import { bootL1, l1Bdf } from "../lab/l1.js";
+import { getKernel } from "../lab/packages.js";
+import { QemuBeside } from "../lab/qemu.js";
+import { PRELUDE } from "../lab/scripts.js";
+import { RunningVmm } from "../lab/support.js";
+import { present, progress } from "./program.js";
+import { figure, median, type Row } from "./report.js";
+
+const ROUNDS = Number(process.argv[2] ?? 3);
+const DISK_BYTES = 256 * 2 ** 20;
+/** A program in JavaScript is slow until it has been run for a while, and in the lab that takes longer. */
+const WARM_UP_MS = 4000;
+const DEVICE = "0000:00:01.0";
+const QEMU_ADDRESS = "addr=1.0";
+
+const MEASURES = [
+  { word: "pair", name: "a page mapped and unmapped", unit: "µs" },
+  { word: "list", name: "a list of 64 scattered pages", unit: "µs" },
+  { word: "iops", name: "reads of 4 KiB, 16 at a time", unit: "I/Os per second" },
+] as const;
+type Word = (typeof MEASURES)[number]["word"];
+
+const guest = (modules: readonly string[], moduleFile: string): GuestOptions => ({
+  script: `${PRELUDE}
+${modules.map((module) => `modprobe ${module} || fail ${module}`).join("\n")}
+modprobe nvme || fail nvme
+wait_disk
+# The module ends by an error: it has done its work when it is loaded.
+modprobe dmabench device=${DEVICE} ms=${WARM_UP_MS} 2> /dev/null
+dmesg -C
+modprobe dmabench device=${DEVICE} 2> /dev/null
+dmesg | sed -n 's/.*dmabench: pair 1 /guest: pair /p; s/.*dmabench: list 64 /guest: list /p'
+fio --name=load --filename=/dev/nvme0n1 --ioengine=io_uring --direct=1 --time_based --runtime=5 --rw=randread --bs=4k \\
+  --iodepth=16 --eta=never --output=/tmp/fio --output-format=json || { cat /tmp/fio; fail fio; }
+awk '/"iops" :/ { printf "guest: iops %d\\n", $3; exit }' /tmp/fio
+`,
+  tools: ["fio"],
+  modules: ["nvme", ...modules.filter((module) => module !== "pvdma")],
+  moduleFiles: [moduleFile],
+  pvdma: modules.includes("pvdma"),
+});
+
+interface Contender {
+  readonly name: string;
+  start(): Promise<HostProcess>;
+}
+
+const files = scratchDir();
+const disk = join(files.path, "disk.raw");
+writeFileSync(disk, "");
+truncateSync(disk, DISK_BYTES);
+const bounds = join(files.path, "bounds");
+await promisify(execFile)("gcc", ["-O2", "-o", bounds, join(repoRoot, "test/bench/bounds.c")]);
+const { file: module } = await buildModule(await getKernel("6.12"), "test/modules", "dmabench");
+
+const host = await bootL1({ name: "bench-dma", nvme0: { file: disk }, say: progress });
+try {
+  const bdf = l1Bdf.nvme0;
+  await bindVfio(host, bdf);
+  const group = (await must(host, `basename $(readlink /sys/bus/pci/devices/${bdf}/iommu_group)`)).trim();
+
+  const ours = (policy: string): Contender => ({
+    name: `pvdma, ${policy}`,
+    start: async () => {
+      const image = await buildGuestImage(guest(policy === "pinned" ? [] : ["pvdma"], module));
+      return (await RunningVmm.start(host, ["--dma", policy, "--assign", bdf, image])).process;
+    },
+  });
+  const qemu = (name: string, devices: string[], kernelArgs: string, modules: string[]): Contender => ({
+    name: `QEMU, ${name}`,
+    start: async () => {
+      const device = ["-device", `vfio-pci,host=${bdf},${QEMU_ADDRESS}`];
+      return (await QemuBeside.start(host, [...devices, ...device], guest(modules, module), kernelArgs))
+        .process;
+    },
+  });
+  const virtio = ["-device", "virtio-iommu-pci,addr=2.0"];
+  const intel = ["-device", "intel-iommu,intremap=on,caching-mode=on"];
+  const virtioModules = ["virtio_pci", "virtio_iommu"];
+  const contenders: Contender[] = [
+    ours("pinned"),
+    ours("cached"),
+    ours("strict"),
+    qemu("pinned", [], "", []),
+    qemu("virtio-iommu lazy", virtio, "iommu.strict=0", virtioModules),
+    qemu("virtio-iommu strict", virtio, "iommu.strict=1", virtioModules),
+    qemu("intel-iommu strict", intel, "intel_iommu=on iommu.strict=1", []),
+  ];
+  /** By measure and contender, a figure a round. */
+  const results = new Map(MEASURES.map(({ word }) => [word, contenders.map((): number[] => [])]));
+  const bare = new Map<string, number[]>();
+  for (let round = 0; round < ROUNDS; round++) {
+    for (const program of [`${bounds} exit`, `${bounds} vfio ${group} ${bdf}`]) {
+      for (const line of (await must(host, program, { timeoutMs: 120_000 })).trim().split("\n")) {
+        const [name, ...ns] = line.split(" ");
+        bare.set(name!, [...(bare.get(name!) ?? []), median(ns.map(Number)) / 1000]);
+      }
+    }
+    for (const [who, contender] of contenders.entries()) {
+      const vmm = await contender.start();
+      for (const { word, unit } of MEASURES) {
+        const [, words] = await vmm.waitFor(
+          new RegExp(`^guest: ${word} ([\\d ]+)\\r?\\n`, "m"),
+          400_000,
+          "stdout",
+        );
+        const value = median(words!.split(" ").map(Number)) / (word === "iops" ? 1 : 1000);
+        results.get(word)![who]!.push(value);
+        progress(`  round ${round + 1} of ${ROUNDS}: ${contender.name}, ${word}: ${figure(value)} ${unit}`);
+      }
+      await vmm.exited;
+    }
+  }
+  const rows = (word: Word): Row => ({
+    name: MEASURES.find((measure) => measure.word === word)!.name,
+    bars: contenders.map(({ name }, who) => ({ contender: name, values: results.get(word)![who]! })),
+  });
+  const bar = (name: string, contender: string) => ({ contender, values: bare.get(name)! });
+  const about = "An assigned NVMe controller, guest kernel 6.12, 1 vCPU, 512 MiB, after a warm-up.";
+  present({
+    sections: [
+      {
+        id: "dma",
+        title: "What a map and its unmap cost a driver",
+        about: `${about} The same module over the plain DMA API in every guest.`,
+        unit: "µs",
+        better: "less",
+        reference: "pvdma, pinned",
+        rows: [rows("pair"), rows("list")],
+      },
+      {
+        id: "dma-iops",
+        title: "What is left of the disk's speed",
+        about: `${about} fio with io_uring.`,
+        unit: "I/Os per second",
+        better: "more",
+        reference: "pvdma, pinned",
+        rows: [rows("iops")],
+      },
+      {
+        id: "bounds",
+        title: "What the host's kernel costs by itself",
+        about: "A minimal C program: an exit to user space and back; VFIO maps of one page and their unmap.",
+        unit: "µs",
+        better: "less",
+        rows: [
+          { name: "an exit and the way back", bars: [bar("exit", "C")] },
+          { name: "VFIO: a page mapped and unmapped", bars: [bar("vfio-pair", "C")] },
+          { name: "VFIO: 64 pages mapped, one unmap", bars: [bar("vfio-list", "C")] },
+        ],
+      },
+    ],
+  });
+} finally {
+  await host.close();
+  files.remove();
+}
