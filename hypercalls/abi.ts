@@ -195,8 +195,7 @@ export const CALLS = {
       "Maps a list as one contiguous IOVA range: the pages that each entry touches, one entry after the other. " +
       "All or nothing: with another status than ok nothing of it is mapped, except in the rare case that the host " +
       "cannot undo a part; that part stays pinned, and its IOVA is given to nobody. With policy cached pages may stay mapped " +
-      "that nobody has mapped. A device with identity needs a " +
-      "list that is contiguous, unless the guest counted its pages: each then is where its gpa says.",
+      "that nobody has mapped. A device with identity needs a list that is contiguous, unless the guest counted its pages: each then is where its gpa says.",
     in: {
       rdi: "handle",
       rsi: "gpa of the call page: entries {u64 gpa, u64 bytes}",

@@ -60,40 +60,29 @@ export class Dispatcher {
 
   #single(call: number, frame: Float64Array): number {
     const engine = this.#engine;
-    const out = engine.out;
-    let result: number;
     switch (call) {
       case CALLS.map.number:
-        result = engine.map(frame[1]!, frame[2]!, frame[3]!, frame[4]!, frame[5]!);
-        if (result === OK) frame[1] = out[0]!;
-        return result;
+        return this.#results(engine.map(frame[1]!, frame[2]!, frame[3]!, frame[4]!, frame[5]!), frame, 1);
       case CALLS.unmap.number:
-        result = engine.unmap(frame[1]!, frame[2]!, frame[3]!);
-        if (result === OK) frame[1] = out[0]!;
-        return result;
+        return this.#results(engine.unmap(frame[1]!, frame[2]!, frame[3]!), frame, 1);
       case CALLS.is_assigned.number:
-        result = engine.isAssigned(frame[1]!);
-        for (let index = 0; result === OK && index < 5; index++) frame[index + 1] = out[index]!;
-        return result;
+        return this.#results(engine.isAssigned(frame[1]!), frame, 5);
       case CALLS.release.number:
-        result = engine.release(frame[1]!);
-        if (result === OK) {
-          frame[1] = out[0]!;
-          frame[2] = out[1]!;
-        }
-        return result;
+        return this.#results(engine.release(frame[1]!), frame, 2);
       case CALLS.table.number:
-        result = engine.table(frame[1]!, frame[2]!);
-        if (result === OK) {
-          frame[1] = out[0]!;
-          frame[2] = out[1]!;
-        }
-        return result;
+        return this.#results(engine.table(frame[1]!, frame[2]!), frame, 2);
       case CALLS.probe.number:
         return this.#probe(frame);
       default:
         return INVALID_CALL;
     }
+  }
+
+  /** Puts that many results of a call that ended well into the frame; returns its status. */
+  #results(result: number, frame: Float64Array, count: number): number {
+    const { out } = this.#engine;
+    for (let index = 0; result === OK && index < count; index++) frame[index + 1] = out[index]!;
+    return result;
   }
 
   #probe(frame: Float64Array): number {

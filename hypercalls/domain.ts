@@ -1,6 +1,6 @@
 // The kinds of IOMMU domain, behind one interface. Translated: every mapping has an IOVA range of its own. Identity:
-// IOVA = gpa, of all RAM here, and of what is used in cached.ts. They call the backend and keep the books; whoever calls them holds the domain's lock and has
-// checked the guest's words. The lock is held across the backend's call as well: type1 holds one mutex per container
+// IOVA = gpa, of all RAM here, of what is used in cached.ts. They call the backend and keep the books; whoever calls them
+// holds the domain's lock and has checked the guest's words. The lock is held across the backend's call as well: type1 holds one mutex per container
 // across pinning and mapping anyway, so the kernel would do one at a time whatever we did, and books and mappings
 // change together.
 //
@@ -363,8 +363,7 @@ export class TranslatedDomain implements Domain {
 }
 
 /**
- * Policy pinned: all RAM is mapped at its own address, once, at the start; map and unmap
- * check and answer. Nothing is recorded per mapping, so unmap cannot tell a mapping from one that never was.
+ * Policy pinned: all RAM is mapped at its own address, once, at the start; map and unmap check and answer. Nothing is recorded per mapping, so unmap cannot tell a mapping from one that never was.
  */
 export class IdentityDomain implements Domain {
   readonly releasedMappings = 0;

@@ -111,17 +111,15 @@ export class GuestRam {
     return 0;
   }
 
-  /** Whether `count` pages from gpa page `page` are all RAM. O(slots). */
+  /** Whether `count` pages from gpa page `page` are all RAM. */
   contains(page: number, count: number): boolean {
-    for (let slot = 0; slot < this.#gpaPage.length && count > 0; slot++) {
-      const inSlot = page - this.#gpaPage[slot]!;
-      if (inSlot < 0) return false;
-      const left = this.#slotPages[slot]! - inSlot;
-      if (left <= 0) continue;
-      page += left;
-      count -= left;
+    while (count > 0) {
+      const here = this.pagesFrom(page);
+      if (here === 0) return false;
+      page += here;
+      count -= here;
     }
-    return count <= 0;
+    return true;
   }
 
   /**

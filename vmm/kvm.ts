@@ -3,6 +3,7 @@
 
 import { closeSync, openSync } from "node:fs";
 import type { Gpa, Hva } from "../hypercalls/addresses.js";
+import { ERRNO } from "../hypercalls/status.js";
 import { IOAPIC_PINS } from "./boot/acpi.js";
 import type { CpuidEntry } from "./boot/cpuid.js";
 import { VmmError } from "./errors.js";
@@ -14,7 +15,6 @@ import { newStruct, setU64 } from "./sys/layout.js";
 const CPUID_ENTRIES = 256;
 /** Highest GSI, exclusive (KVM_MAX_IRQ_ROUTES in linux/kvm_host.h). */
 const GSI_LIMIT = 4096;
-const EINTR = 4;
 /** More signals than this while a VM is made are not chance. */
 const CREATE_VM_TRIES = 100;
 
@@ -98,7 +98,7 @@ export class Kvm {
     for (let tries = 1; ; tries++) {
       const fd = ioctl(this.fd, IOCTL.KVM_CREATE_VM, 0);
       // Whatever signal comes meanwhile ends it: a profiler's, for one.
-      if (fd === -EINTR && tries < CREATE_VM_TRIES) continue;
+      if (fd === -ERRNO.EINTR && tries < CREATE_VM_TRIES) continue;
       return new Vm(this, check("KVM_CREATE_VM", fd));
     }
   }

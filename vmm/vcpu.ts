@@ -4,6 +4,7 @@
 import { type MessagePort, parentPort, workerData } from "node:worker_threads";
 import { Dispatcher } from "../hypercalls/dispatcher.js";
 import { Engine } from "../hypercalls/engine.js";
+import { ERRNO } from "../hypercalls/status.js";
 import { COM1 } from "./boot/acpi.js";
 import { ConfigPorts } from "./devices/config-ports.js";
 import { Serial } from "./devices/serial.js";
@@ -28,9 +29,6 @@ import {
   type VcpuEnd,
   type VcpuJob,
 } from "./vcpu-link.js";
-
-const EINTR = 4;
-const EAGAIN = 11;
 
 class Vcpu {
   private readonly run: RunArea;
@@ -72,7 +70,7 @@ class Vcpu {
     while (Atomics.load(control, CONTROL_STOP) === 0) {
       const result = ioctl(this.job.vcpuFd, IOCTL.KVM_RUN, 0);
       if (result < 0) {
-        if (result !== -EINTR && result !== -EAGAIN)
+        if (result !== -ERRNO.EINTR && result !== -ERRNO.EAGAIN)
           return { kind: "failed", why: `KVM_RUN: ${errnoName(-result)}` };
         exits[EXIT_INDEX.interrupted]!++;
         continue;
