@@ -9,7 +9,7 @@
 import { MAP_FLAG, STATUS, TABLE } from "./abi.js";
 import { iova, PAGE_BYTES, PAGE_SHIFT } from "./addresses.js";
 import type { BackendLimits, DmaBackend } from "./backend.js";
-import { type Domain, placeAtGpa } from "./domain.js";
+import { ACCESS, type Domain, placeAtGpa } from "./domain.js";
 import { type GuestRam, RunList } from "./guest-ram.js";
 import type { Pins } from "./pins.js";
 import {
@@ -41,7 +41,6 @@ const COUNT = TABLE.countMask;
 const COUNT_MAX = COUNT >>> 1;
 
 const LIMIT_COUNT = status(STATUS.limit, ERRNO.EOVERFLOW);
-const ACCESS = MAP_FLAG.read | MAP_FLAG.write;
 
 /** Granules that are given back for one that cannot be mapped, before it is given up. */
 const EVICTIONS_MAX = 16;

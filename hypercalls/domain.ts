@@ -31,7 +31,8 @@ const LIMIT_IOVA = status(STATUS.limit, ERRNO.ERANGE);
 /** Nothing is mapped in an identity domain before mapAll. */
 const RETRY_NOT_YET = status(STATUS.retry, ERRNO.EAGAIN);
 
-const ACCESS = MAP_FLAG.read | MAP_FLAG.write;
+/** What of a map's flags a backend is told. */
+export const ACCESS = MAP_FLAG.read | MAP_FLAG.write;
 
 /** RAM that an identity domain could not map; `errno` is positive. */
 export interface MapAllFailure {

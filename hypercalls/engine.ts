@@ -17,7 +17,14 @@ import {
 import { type Gpa, MAX_EXACT, PAGE_BYTES, pagesTouched } from "./addresses.js";
 import type { BackendLimits, DmaBackend } from "./backend.js";
 import { CachedDomain, type TrackingTable } from "./cached.js";
-import { type Domain, IdentityDomain, LOCK_WORD, type MapAllFailure, TranslatedDomain } from "./domain.js";
+import {
+  ACCESS,
+  type Domain,
+  IdentityDomain,
+  LOCK_WORD,
+  type MapAllFailure,
+  TranslatedDomain,
+} from "./domain.js";
 import { GuestRam, type RamSlot, RunList } from "./guest-ram.js";
 import { createInjection, INJECT, Injector } from "./injection.js";
 import { FIRST_IOVA, IOVA_BITS } from "./iova.js";
@@ -105,8 +112,7 @@ export interface EngineState {
 const LIMIT_EAGAIN = status(STATUS.limit, ERRNO.EAGAIN);
 
 const MAP_BYTES = LIMITS.mapPages * PAGE_BYTES;
-const MAP_FLAGS = MAP_FLAG.read | MAP_FLAG.write | MAP_FLAG.align | MAP_FLAG.counted;
-const ACCESS = MAP_FLAG.read | MAP_FLAG.write;
+const MAP_FLAGS = ACCESS | MAP_FLAG.align | MAP_FLAG.counted;
 const IOVA_END = 2 ** IOVA_BITS;
 /** 32-bit words of a list entry. */
 const ENTRY_WORDS = LIMITS.entryBytes / 4;

@@ -15,8 +15,9 @@ import { getKernel } from "../lab/packages.js";
 import { QemuBeside } from "../lab/qemu.js";
 import { PRELUDE } from "../lab/scripts.js";
 import { RunningVmm } from "../lab/support.js";
+import { median } from "../median.js";
 import { present, progress } from "./program.js";
-import { figure, median, type Row } from "./report.js";
+import { figure, type Row } from "./report.js";
 
 const ROUNDS = Number(process.argv[2] ?? 3);
 const DISK_BYTES = 256 * 2 ** 20;

@@ -1,6 +1,8 @@
 // What a benchmark measured, as data, and the three forms it is shown in: text, a chart (SVG), a page (HTML). A figure
 // is never shown without its spread, and a ratio only between figures of one run.
 
+import { median } from "../median.js";
+
 /** Figures that belong in one chart. */
 export interface Section {
   /** Names its files: letters, digits, hyphens. */
@@ -33,13 +35,6 @@ export interface Report {
   /** Words such as "Linux 6.12.9" by what they are of. */
   readonly measuredOn: Readonly<Record<string, string>>;
   readonly sections: readonly Section[];
-}
-
-/** The median; of an even number of values the mean of the two in the middle. At least one value. */
-export function median(values: readonly number[]): number {
-  const sorted = [...values].sort((a, b) => a - b);
-  const middle = sorted.length >> 1;
-  return sorted.length % 2 === 1 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;
 }
 
 /** A bar's median over that of the section's reference in the same row; undefined where there is none to compare with. */

@@ -7,6 +7,7 @@ import * as assert from "uvu/assert";
 import { CALL_NAMES } from "../../hypercalls/abi.js";
 import { ERRNO } from "../../hypercalls/status.js";
 import { buildTestGuest } from "../guest/build.js";
+import { median } from "../median.js";
 import { SOAK, sized } from "../soak.js";
 import { scratchDir } from "./cache.js";
 import { bindVfio, type Host, must } from "./host.js";
@@ -146,8 +147,6 @@ function report({ calls }: Storm, figures: ReadonlyMap<string, number>, samples:
       `at most ${Math.round(Math.max(...locked) / 1024)} MiB locked, ${samples.length} s`,
   );
 }
-
-const median = (values: readonly number[]): number => [...values].sort((a, b) => a - b)[values.length >> 1]!;
 
 /** After a fifth of the calls the VMM grows no more, and it never pins more than the guest has, or it may. */
 function checkMemory(samples: readonly Sample[], lockableMiB: number): void {

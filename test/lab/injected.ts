@@ -3,6 +3,7 @@
 // emulated one alike.
 
 import * as assert from "uvu/assert";
+import { median } from "../median.js";
 import { SOAK, sized } from "../soak.js";
 import {
   assertNoComplaints,
@@ -39,9 +40,6 @@ const BATCHES = sized(1, 16);
 const SEGMENT_SECONDS = 1;
 const TOLERANCE = 0.1;
 const STANDARD_ERROR = TOLERANCE / 3 / Math.SQRT2;
-
-const median = (values: readonly number[]): number =>
-  [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)]!;
 
 /** The standard error of a median, relative to it, by the spread of the middle half, which does not mind outliers. */
 function relativeError(values: readonly number[]): number {
