@@ -31,7 +31,7 @@ interface Outcome {
 }
 
 /** A file that takes longer hangs. */
-const FILE_TIMEOUT_MS = (process.env.PVDMA_SOAK === undefined ? 20 : 240) * 60_000;
+const FILE_TIMEOUT_MS = (process.env.PVDMA_SOAK === undefined ? 40 : 240) * 60_000;
 const running = new Set<ChildProcess>();
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
   process.on(signal, () => {

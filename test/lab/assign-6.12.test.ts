@@ -2,4 +2,4 @@
 
 import { runAssignTests } from "./assign.js";
 
-runAssignTests("6.12");
+runAssignTests("6.12", 1);

@@ -3,6 +3,7 @@
 
 import { setTimeout } from "node:timers/promises";
 import * as assert from "uvu/assert";
+import { SOAK } from "../soak.js";
 import { buildGuestImage, buildModule } from "./guest.js";
 import { getKernel, type KernelSeries } from "./packages.js";
 import { READ_AND_WRITE } from "./scripts.js";
@@ -20,10 +21,10 @@ async function fullImage(kernel: KernelSeries): Promise<string> {
   });
 }
 
-/** Runs the tests for one guest kernel, with 1 and with 4 vCPUs. */
-export function runAssignTests(kernel: KernelSeries): void {
+/** Runs the tests for one guest kernel: with this many vCPUs, in the soak with 1 and with 4. */
+export function runAssignTests(kernel: KernelSeries, vcpus: 1 | 4): void {
   const lab = new LabSuite(`assign-${kernel}`, { diskBytes: 16 * MiB });
-  for (const cpus of [1, 4]) {
+  for (const cpus of SOAK ? [1, 4] : [vcpus]) {
     lab.test(
       `a ${kernel} guest with ${cpus} vCPUs reads and writes the whole disk, under 64 MiB locked`,
       async () => {

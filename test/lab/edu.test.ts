@@ -3,6 +3,7 @@
 
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import { SOAK } from "../soak.js";
 import { eduImage, exerciseEdu } from "./edu.js";
 import { bindVfio, type Host } from "./host.js";
 import { bootL1, l1Bdf } from "./l1.js";
@@ -26,6 +27,7 @@ async function iommuFaults(access: "Read" | "Write"): Promise<number> {
     .filter((line) => line.includes(`DMAR: [DMA ${access}`) && line.includes(l1Bdf.edu.slice(5))).length;
 }
 
+// The short form is each kernel once, and each device once.
 for (const kernel of kernelSeries) {
   const body = async () => {
     const before = { reads: await iommuFaults("Read"), writes: await iommuFaults("Write") };
@@ -43,7 +45,8 @@ for (const kernel of kernelSeries) {
     assert.ok((await iommuFaults("Read")) > before.reads, "the IOMMU refused reads");
     assert.ok((await iommuFaults("Write")) > before.writes, "the IOMMU refused writes");
   };
-  labTest(test, `a ${kernel} guest uses and misuses every operation of the DMA API`, () => host, body);
+  if (SOAK || kernel === "6.12")
+    labTest(test, `a ${kernel} guest uses and misuses every operation of the DMA API`, () => host, body);
 
   const emulated = async () => {
     const vmm = await RunningVmm.start(host, ["--assign", "emul:edu", await eduImage(kernel)]);
@@ -52,6 +55,7 @@ for (const kernel of kernelSeries) {
     const { stats } = await vmm.end();
     assert.ok((stats.get("devices/emul:edu/dma/faults") ?? 0) >= 5, "the software IOMMU refused accesses");
   };
-  labTest(test, `the same in a ${kernel} guest with an emulated edu`, () => host, emulated);
+  if (SOAK || kernel === "6.1")
+    labTest(test, `the same in a ${kernel} guest with an emulated edu`, () => host, emulated);
 }
 test.run();

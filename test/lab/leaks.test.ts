@@ -6,6 +6,7 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import * as assert from "uvu/assert";
+import { SOAK } from "../soak.js";
 import { repoRoot } from "./cache.js";
 import { buildGuestImage, buildGuestParts, buildModule, type GuestOptions } from "./guest.js";
 import { getKernel, type KernelSeries, kernelSeries } from "./packages.js";
@@ -87,7 +88,8 @@ async function bindForgetful(vmm: RunningVmm, parameters: Record<string, number>
 
 const leaks = new LabSuite("leaks", { diskBytes: 8 * MiB });
 
-for (const kernel of kernelSeries) {
+// What the kernels do differently is in nvme's own memory, which only the soak looks at in both.
+for (const kernel of SOAK ? kernelSeries : (["6.12"] as const)) {
   leaks.test(`${kernel}: what a driver leaves behind is released, and no more than that`, async () => {
     const vmm = await startDriven(leaks, await forgetful(kernel));
     // A page by devres, which is given back; coherent buffers of two pages; a list in calls of 256 and 44.
@@ -252,7 +254,7 @@ leaks.run();
 
 const limited = new LabSuite("thirty mappings", { diskBytes: 8 * MiB, entryLimit: 30 });
 
-for (const kernel of kernelSeries) {
+for (const kernel of SOAK ? kernelSeries : (["6.1"] as const)) {
   limited.test(`${kernel}: nvme reads the whole disk; a list that fails half way is undone`, async () => {
     const vmm = await startDriven(limited, await forgetful(kernel));
     await vmm.sh("modprobe nvme; wait_disk");

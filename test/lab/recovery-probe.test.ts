@@ -9,9 +9,7 @@ import { assertViewsAgree, LabSuite, MiB, type RunningVmm } from "./support.js";
 
 /** Enough for 200 maps: those of the probe, of the scan for partitions, and of reading it in pieces of 16 KiB. */
 const DISK_BYTES = 4 * MiB;
-const CALLS = SOAK
-  ? Array.from({ length: 200 }, (_, call) => call)
-  : [0, 1, 2, 3, 4, 5, 6, 8, 12, 40, 120, 199];
+const CALLS = SOAK ? Array.from({ length: 200 }, (_, call) => call) : [0, 1, 3, 5, 8, 40, 199];
 const ROUND_TIMEOUT_MS = 120_000;
 const SLOT = "0000:00:01.0";
 const DEBUGFS = `/sys/kernel/debug/pvdma/${SLOT}`;

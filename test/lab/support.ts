@@ -5,6 +5,7 @@ import { createHash, randomFillSync } from "node:crypto";
 import { accessSync, constants, createReadStream, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
+import { gunzipSync } from "node:zlib";
 import { suite, type Test } from "uvu";
 import * as assert from "uvu/assert";
 import { repoRoot, scratchDir } from "./cache.js";
@@ -15,8 +16,8 @@ import { LocalHost } from "./local.js";
 import { openHost } from "./open.js";
 
 export const MiB = 2 ** 20;
-/** From a VMM's start to its guest's first word: 10 s on a quiet machine, all of it software. */
-export const bootTimeoutMs = 240_000;
+/** From a VMM's start to its guest's first word: 10 s on a quiet machine, all of it software. What takes longer hangs. */
+export const bootTimeoutMs = 600_000;
 
 export async function sha256OfFile(path: string): Promise<string> {
   const hash = createHash("sha256");
@@ -151,9 +152,13 @@ export class RunningVmm {
     return this.process.stderr.split("\n").filter((line) => line !== "" && readStats(line).size === 0);
   }
 
-  /** What the guest's module counts; the guest runs the script CONSOLE. */
+  /**
+   * What the guest's module counts; the guest runs the script CONSOLE. Packed: every byte on its console costs the lab a
+   * millisecond.
+   */
   async guestStatistics(): Promise<Map<string, number>> {
-    return readFigures(await this.sh("(cd /sys/kernel/debug/pvdma && grep -r . .)"));
+    const packed = await this.sh("(cd /sys/kernel/debug/pvdma && grep -r . .) | gzip | base64");
+    return readFigures(gunzipSync(Buffer.from(packed, "base64")).toString());
   }
 
   /** Bytes of locked and pinned memory of the VMM at this moment, as its kernel counts them. */
@@ -260,6 +265,31 @@ export async function assertViewsAgree(
 let started: RunningVmm[] = [];
 
 /**
+ * What a VMM that still runs is doing: where its threads are, which exits its vCPUs make, and whether a key that is typed
+ * brings a silent guest on, which would have missed an interrupt.
+ */
+async function liveEvidence(vmm: RunningVmm): Promise<string> {
+  const { host, process } = vmm;
+  const exits = async () => (await host.run(`cd ${vmm.directory} && grep -r . | grep exits`)).stdout;
+  const { stdout: threads } = await host.run(
+    `cd /proc/${process.pid}/task && for t in *; do echo "$t $(cat $t/comm) $(cut -d' ' -f3,14,15 $t/stat): $(cat $t/stack | tr '\\n' ' ')"; done`,
+  );
+  if (threads === "") return "the VMM has ended";
+  const first = await exits();
+  const silent = process.stdout.length;
+  await sleep(3000);
+  const second = await exits();
+  const before = process.stdout.length;
+  process.write("\n");
+  await sleep(3000);
+  return [
+    `its threads (state, user and system ticks, kernel stack):\n${threads}`,
+    `its exits, and 3 s later:\n${first}\n${second}`,
+    `bytes of console output: ${silent}, 3 s later ${before}, 3 s after a newline was typed ${process.stdout.length}`,
+  ].join("\n");
+}
+
+/**
  * Adds a test that prints, when it fails, the consoles of its VMMs and of the host, and that leaves no VMM running.
  */
 export function labTest(test: Test, name: string, host: () => Host, body: () => Promise<void>): void {
@@ -269,8 +299,12 @@ export function labTest(test: Test, name: string, host: () => Host, body: () => 
     try {
       await body();
     } catch (error) {
-      for (const vmm of started)
+      for (const vmm of started) {
         console.log(`--- console of a VMM in "${name}"\n${tail(vmm.process.output, 120)}\n---`);
+        console.log(
+          `--- ${await liveEvidence(vmm).catch((why: Error) => `no more to see: ${why.message}`)}\n---`,
+        );
+      }
       const l1 = host();
       if (l1 instanceof L1) console.log(`--- the host's console is in ${l1.saveLog()}`);
       throw error;
