@@ -14,6 +14,7 @@
 
 #include "pvdma_compat.h"
 #include "pvdma_core.h"
+#include "pvdma_lazy.h"
 
 /* One number of a device in debugfs. */
 struct pvdma_stat {
@@ -21,7 +22,7 @@ struct pvdma_stat {
 	unsigned int index;
 };
 
-#define PVDMA_STATS	21
+#define PVDMA_STATS	22
 
 /*
  * An assigned device. They stand in one array, so that a device's operations lead
@@ -43,6 +44,11 @@ struct pvdma_device {
 	u64 iova_last;			/* last address the host's IOMMU translates */
 	u64 mapping_max;		/* longest mapping drivers should make, bytes */
 	struct pvdma_table table;	/* with policy cached */
+	struct pvdma_lazy *lazy;	/* with policy lazy, over the direct map */
+	struct pvdma_lazy *lazy_memory;	/* for it, whoever has the slot */
+	raw_spinlock_t lazy_lock;	/* of it, and of lazy_due */
+	bool lazy_due;			/* lazy_flush is on its way */
+	struct delayed_work lazy_flush;
 	struct pvdma_counters __percpu *counters;
 	struct xarray below;		/* iova page to page below, if lower */
 	struct xarray memory;		/* what drivers have of ours: page to era */
@@ -83,6 +89,8 @@ extern const struct dma_map_ops pvdma_refusing_ops;	/* map nothing */
 u32 pvdma_make(struct pvdma_device *p, u64 below, u64 bytes, u64 iova_max,
 	       u32 flags, unsigned long attrs, u64 *iova);
 u32 pvdma_take(struct pvdma_device *p, u64 iova, u64 bytes);
+void pvdma_flush_late(struct work_struct *work);
+void pvdma_flush_last(struct pvdma_device *p);
 u64 pvdma_streaming_max(const struct pvdma_device *p, struct device *dev);
 u64 pvdma_coherent_max(const struct pvdma_device *p, struct device *dev);
 u32 pvdma_streaming_flags(const struct pvdma_device *p, struct device *dev,

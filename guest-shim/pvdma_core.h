@@ -115,6 +115,7 @@ struct pvdma_counters {
 	s64 stuck;		/* of these, unmapped in vain: the host would not */
 	s64 leaked;		/* mappings that drivers left behind: the caller's to count */
 	u64 late;		/* mappings of these that their driver undid later: likewise */
+	u64 reused;		/* maps that found theirs idle, and needed no call: likewise */
 };
 
 /**

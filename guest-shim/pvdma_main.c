@@ -12,6 +12,7 @@
 #include <linux/cc_platform.h>
 #include <linux/init.h>
 #include <linux/io.h>
+#include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/pci.h>
@@ -174,6 +175,7 @@ static void pvdma_uninstall(struct pvdma_device *p)
 		dev_warn(dev, "pvdma: other DMA ops lie over ours, which stay: remove those first\n");
 		return;
 	}
+	pvdma_flush_last(p);
 	left = pvdma_report_left(p);
 	pvdma_reclaim(p);
 	if (!xa_empty(&p->memory) || !xa_empty(&p->below)) {
@@ -288,6 +290,12 @@ static void pvdma_install(struct pvdma_device *p)
 		return;
 	if (p->unclean)
 		pvdma_reclaim(p);
+	p->lazy = p->policy == PVDMA_POLICY_LAZY && !p->lower ? p->lazy_memory : NULL;
+	if (p->lazy) {
+		raw_spin_lock_irq(&p->lazy_lock);
+		pvdma_lazy_start(p->lazy);
+		raw_spin_unlock_irq(&p->lazy_lock);
+	}
 	get_device(dev);
 	set_dma_ops(dev, &p->ops);
 	p->installed = true;
@@ -363,7 +371,14 @@ static struct pvdma_device *pvdma_new(struct device *dev,
 		if (!p->counters)
 			return NULL;
 	}
+	if (answer->policy == PVDMA_POLICY_LAZY && !p->lazy_memory) {
+		p->lazy_memory = kvzalloc(sizeof(*p->lazy_memory), GFP_KERNEL);
+		if (!p->lazy_memory)
+			return NULL;
+	}
 	p->lower = NULL;
+	p->lazy = NULL;
+	p->lazy_due = false;
 	p->handle = answer->handle;
 	p->policy = answer->policy;
 	p->identity = answer->identity;
@@ -384,6 +399,8 @@ static struct pvdma_device *pvdma_new(struct device *dev,
 	xa_init_flags(&p->below, XA_FLAGS_LOCK_IRQ);
 	xa_init_flags(&p->memory, XA_FLAGS_LOCK_IRQ);
 	INIT_WORK(&p->settle, pvdma_settle);
+	raw_spin_lock_init(&p->lazy_lock);
+	INIT_DELAYED_WORK(&p->lazy_flush, pvdma_flush_late);
 	WRITE_ONCE(p->dev, dev);
 	pvdma_stats_add(p);
 	return p;
@@ -706,8 +723,10 @@ static void __exit pvdma_exit(void)
 	destroy_workqueue(pvdma_queue);
 	pvdma_stats_exit();
 	pvdma_put_tables();
-	for (i = 0; i < PVDMA_DEVICES_MAX; i++)
+	for (i = 0; i < PVDMA_DEVICES_MAX; i++) {
 		free_percpu(pvdma_devices[i].counters);
+		kvfree(pvdma_devices[i].lazy_memory);
+	}
 	xa_destroy(&pvdma_known);
 	pvdma_free_call_pages();
 }

@@ -8,6 +8,7 @@
 #include <linux/gfp.h>
 #include <linux/memremap.h>
 #include <linux/mm.h>
+#include <linux/module.h>
 #include <linux/scatterlist.h>
 
 #include "pvdma.h"
@@ -124,6 +125,12 @@ static void pvdma_tell_unmap(struct pvdma_device *p, u64 bytes, u64 iova,
 			     PVDMA_STATUS_ERRNO(status), pvdma_advice(status));
 }
 
+/* Entries that a list call may have. */
+static u32 pvdma_most_entries(void)
+{
+	return max(pvdma_host.list_entries, 1u);
+}
+
 /*
  * Counts of a mapping that needed no call, or of one that is counted here. Each add is
  * one instruction, so interrupts need not be off.
@@ -214,6 +221,164 @@ static u32 pvdma_take_cached(struct pvdma_device *p, u64 iova, u64 bytes)
 	return PVDMA_STATUS_OK;
 }
 
+/* Unmaps what the call page lists. Interrupts are off. */
+static void pvdma_flush(struct pvdma_device *p, struct pvdma_entry *page, u32 count)
+{
+	struct pvdma_counters *counters = this_cpu_ptr(p->counters);
+	struct pvdma_entry first = page[0];
+	u32 failed = 0;
+	u32 status;
+
+	if (count == 1)
+		status = pvdma_unmap(&pvdma_host, counters, p->handle, first.address,
+				     first.bytes);
+	else
+		status = pvdma_unmap_list(&pvdma_host, counters, p->handle, page,
+					  __pa(page), count, &failed);
+	if (unlikely(PVDMA_STATUS_CLASS(status)))
+		pvdma_tell_unmap(p, first.bytes, first.address, status);
+}
+
+/*
+ * Policy lazy. What a driver has unmapped is idle until a call takes as many of them
+ * as it can carry, or for so long. It counts as mapped, which it is.
+ */
+static unsigned int pvdma_lazy_ms = 10;
+module_param_named(lazy_ms, pvdma_lazy_ms, uint, 0644);
+MODULE_PARM_DESC(lazy_ms, "policy lazy: milliseconds that what was unmapped stays mapped at the host, at least; at most twice as long (default 10)");
+
+static unsigned long pvdma_lazy_period(void)
+{
+	return msecs_to_jiffies(clamp(READ_ONCE(pvdma_lazy_ms), 1u, 1000u));
+}
+
+/* Unmaps what has been idle for longest and since @until at the latest; how many. */
+static u32 pvdma_flush_some(struct pvdma_device *p, struct pvdma_lazy *lazy, u32 most,
+			    u64 until)
+{
+	struct pvdma_entry *page;
+	unsigned long irq;
+	u32 count;
+
+	local_irq_save(irq);
+	page = this_cpu_read(pvdma_call_page);
+	raw_spin_lock(&p->lazy_lock);
+	count = pvdma_lazy_take(lazy, page, min(most, pvdma_most_entries()), until);
+	raw_spin_unlock(&p->lazy_lock);
+	if (count)
+		pvdma_flush(p, page, count);
+	local_irq_restore(irq);
+	return count;
+}
+
+/* Unmaps all that is idle, of all devices: limits may be of their domain, or of the VM. */
+static bool pvdma_flush_all(void)
+{
+	struct pvdma_device *p;
+	bool any = false;
+
+	for (p = pvdma_devices; p < pvdma_devices + PVDMA_DEVICES_MAX; p++) {
+		struct pvdma_lazy *lazy = READ_ONCE(p->lazy);
+
+		while (lazy && pvdma_flush_some(p, lazy, U32_MAX, get_jiffies_64()))
+			any = true;
+	}
+	return any;
+}
+
+void pvdma_flush_late(struct work_struct *work)
+{
+	struct pvdma_device *p = container_of(work, struct pvdma_device, lazy_flush.work);
+	unsigned long period = pvdma_lazy_period();
+	unsigned long irq;
+	bool again;
+
+	while (pvdma_flush_some(p, p->lazy, U32_MAX, get_jiffies_64() - period))
+		cond_resched();
+	raw_spin_lock_irqsave(&p->lazy_lock, irq);
+	again = p->lazy->idle;
+	p->lazy_due = again;
+	raw_spin_unlock_irqrestore(&p->lazy_lock, irq);
+	if (again)
+		schedule_delayed_work(&p->lazy_flush, period);
+}
+
+/* The driver has gone, and nobody maps or unmaps any more: nothing stays idle. */
+void pvdma_flush_last(struct pvdma_device *p)
+{
+	if (!p->lazy)
+		return;
+	cancel_delayed_work_sync(&p->lazy_flush);
+	p->lazy_due = false;
+	while (pvdma_flush_some(p, p->lazy, U32_MAX, get_jiffies_64()))
+		;
+}
+
+/*
+ * A map met a limit. What is idle may be what is in its way: is it worth another
+ * call? Then this one was no operation given up, but a call that is repeated.
+ */
+static noinline bool pvdma_made_room(struct pvdma_device *p, u32 status)
+{
+	if (PVDMA_STATUS_CLASS(status) != PVDMA_STATUS_LIMIT || !p->lazy ||
+	    !pvdma_flush_all())
+		return false;
+	this_cpu_dec(p->counters->errors[PVDMA_STATUS_LIMIT]);
+	this_cpu_inc(p->counters->retries);
+	return true;
+}
+
+static bool pvdma_reuse(struct pvdma_device *p, u64 phys, u64 bytes, u64 iova_max,
+			u32 flags, u64 *iova)
+{
+	unsigned long irq;
+	bool found;
+
+	raw_spin_lock_irqsave(&p->lazy_lock, irq);
+	found = pvdma_lazy_reuse(p->lazy, phys, bytes, flags, iova_max, iova);
+	raw_spin_unlock_irqrestore(&p->lazy_lock, irq);
+	if (found)
+		this_cpu_inc(p->counters->reused);
+	return found;
+}
+
+static void pvdma_remember(struct pvdma_device *p, u64 phys, u64 bytes, u32 flags, u64 iova)
+{
+	unsigned long irq;
+
+	raw_spin_lock_irqsave(&p->lazy_lock, irq);
+	pvdma_lazy_made(p->lazy, phys, bytes, flags, iova);
+	raw_spin_unlock_irqrestore(&p->lazy_lock, irq);
+}
+
+/* The driver needs a mapping no longer: false when it has to be unmapped at once. */
+static bool pvdma_let_idle(struct pvdma_device *p, u64 iova, u64 bytes)
+{
+	enum pvdma_idled idled;
+	unsigned long irq;
+	bool first, many;
+
+	raw_spin_lock_irqsave(&p->lazy_lock, irq);
+	idled = pvdma_lazy_idle(p->lazy, iova, bytes, get_jiffies_64());
+	first = idled == PVDMA_IDLE && !p->lazy_due;
+	if (first)
+		p->lazy_due = true;
+	many = p->lazy->idle >= pvdma_most_entries();
+	raw_spin_unlock_irqrestore(&p->lazy_lock, irq);
+
+	if (first)
+		schedule_delayed_work(&p->lazy_flush, pvdma_lazy_period());
+	/* the newer half may be needed again soon */
+	if (many)
+		pvdma_flush_some(p, p->lazy, max(pvdma_most_entries() / 2, 1u), get_jiffies_64());
+	if (unlikely(idled == PVDMA_IDLE_ALREADY)) {
+		this_cpu_inc(p->counters->errors[PVDMA_STATUS_INVALID]);
+		dev_warn_ratelimited(p->dev, "pvdma: %llu bytes at bus address %#llx are unmapped twice\n",
+				     bytes, iova);
+	}
+	return idled != PVDMA_NOT_KNOWN;
+}
+
 /* Makes one mapping at the host. Returns the status; *iova is set if it is ok. */
 u32 pvdma_make(struct pvdma_device *p, u64 below, u64 bytes, u64 iova_max,
 	       u32 flags, unsigned long attrs, u64 *iova)
@@ -225,10 +390,12 @@ u32 pvdma_make(struct pvdma_device *p, u64 below, u64 bytes, u64 iova_max,
 		*iova = below;
 		return pvdma_make_cached(p, below, bytes, iova_max, flags, attrs);
 	}
-	local_irq_save(irq);
-	status = pvdma_map(&pvdma_host, this_cpu_ptr(p->counters), p->handle,
-			   below, bytes, iova_max, flags, iova);
-	local_irq_restore(irq);
+	do {
+		local_irq_save(irq);
+		status = pvdma_map(&pvdma_host, this_cpu_ptr(p->counters), p->handle,
+				   below, bytes, iova_max, flags, iova);
+		local_irq_restore(irq);
+	} while (unlikely(PVDMA_STATUS_CLASS(status)) && pvdma_made_room(p, status));
 	if (unlikely(PVDMA_STATUS_CLASS(status)))
 		pvdma_tell_map(p, bytes, below, iova_max, status, attrs);
 	return status;
@@ -256,13 +423,19 @@ static dma_addr_t pvdma_map_phys(struct device *dev, phys_addr_t phys,
 				 unsigned long attrs)
 {
 	struct pvdma_device *p = pvdma_of(dev);
-	u64 iova;
+	u64 iova_max, iova;
+	u32 flags;
 
-	if (unlikely(!p) ||
-	    PVDMA_STATUS_CLASS(pvdma_make(p, phys, size, pvdma_streaming_max(p, dev),
-					  pvdma_streaming_flags(p, dev, dir), attrs,
-					  &iova)))
+	if (unlikely(!p))
 		return DMA_MAPPING_ERROR;
+	iova_max = pvdma_streaming_max(p, dev);
+	flags = pvdma_streaming_flags(p, dev, dir);
+	if (p->lazy && pvdma_reuse(p, phys, size, iova_max, flags, &iova))
+		return iova;
+	if (PVDMA_STATUS_CLASS(pvdma_make(p, phys, size, iova_max, flags, attrs, &iova)))
+		return DMA_MAPPING_ERROR;
+	if (p->lazy)
+		pvdma_remember(p, phys, size, flags, iova);
 	return iova;
 }
 
@@ -271,7 +444,7 @@ static void pvdma_unmap_phys(struct device *dev, dma_addr_t iova, size_t size,
 {
 	struct pvdma_device *p = pvdma_of(dev);
 
-	if (likely(p))
+	if (likely(p) && !(p->lazy && pvdma_let_idle(p, iova, size)))
 		pvdma_take(p, iova, size);
 }
 
@@ -315,20 +488,24 @@ static int pvdma_map_range(struct pvdma_device *p, struct device *dev,
 			   struct scatterlist **sg, int left, u64 iova_max,
 			   u32 flags, unsigned long attrs, u64 *base)
 {
-	u64 below = sg_phys(*sg);
+	struct scatterlist *first = *sg;
+	u64 below = sg_phys(first);
 	struct pvdma_list list;
 	unsigned long irq;
 	u32 status = PVDMA_STATUS_OK;
 	int n;
 
-	local_irq_save(irq);
-	pvdma_start(&list, this_cpu_read(pvdma_call_page), p, dev);
-	n = pvdma_fill(&list, sg, left);
-	if (likely(list.count))
-		status = pvdma_map_list(&pvdma_host, this_cpu_ptr(p->counters),
-					p->handle, &list, __pa(list.entries),
-					iova_max, flags, base);
-	local_irq_restore(irq);
+	do {
+		*sg = first;
+		local_irq_save(irq);
+		pvdma_start(&list, this_cpu_read(pvdma_call_page), p, dev);
+		n = pvdma_fill(&list, sg, left);
+		if (likely(list.count))
+			status = pvdma_map_list(&pvdma_host, this_cpu_ptr(p->counters),
+						p->handle, &list, __pa(list.entries),
+						iova_max, flags, base);
+		local_irq_restore(irq);
+	} while (unlikely(PVDMA_STATUS_CLASS(status)) && pvdma_made_room(p, status));
 
 	if (unlikely(!list.count))
 		return -EINVAL;
@@ -336,25 +513,9 @@ static int pvdma_map_range(struct pvdma_device *p, struct device *dev,
 		pvdma_tell_map(p, list.bytes, below, iova_max, status, attrs);
 		return pvdma_errno(status);
 	}
+	if (p->lazy)
+		pvdma_remember(p, PVDMA_LAZY_LIST, list.pages << PAGE_SHIFT, flags, *base);
 	return n;
-}
-
-/* Unmaps what the call page lists. Interrupts are off. */
-static void pvdma_flush(struct pvdma_device *p, struct pvdma_entry *page, u32 count)
-{
-	struct pvdma_counters *counters = this_cpu_ptr(p->counters);
-	struct pvdma_entry first = page[0];
-	u32 failed = 0;
-	u32 status;
-
-	if (count == 1)
-		status = pvdma_unmap(&pvdma_host, counters, p->handle, first.address,
-				     first.bytes);
-	else
-		status = pvdma_unmap_list(&pvdma_host, counters, p->handle, page,
-					  __pa(page), count, &failed);
-	if (unlikely(PVDMA_STATUS_CLASS(status)))
-		pvdma_tell_unmap(p, first.bytes, first.address, status);
 }
 
 /*
@@ -366,12 +527,12 @@ static void pvdma_unmap_entries(struct pvdma_device *p, struct device *dev,
 				struct scatterlist *sgl, int nents)
 {
 	struct scatterlist *sg = sgl, *segment = sgl;
-	u32 most = max(pvdma_host.list_entries, 1u);
+	u32 most = pvdma_most_entries();
 	struct pvdma_entry *page;
 	struct pvdma_list list;
 	unsigned long irq;
 	u32 count = 0;
-	u64 bytes;
+	u64 base, bytes;
 
 	local_irq_save(irq);
 	page = this_cpu_read(pvdma_call_page);
@@ -380,11 +541,18 @@ static void pvdma_unmap_entries(struct pvdma_device *p, struct device *dev,
 		nents -= pvdma_fill(&list, &sg, nents);
 		if (!list.count)
 			break;
-		page[count].address = sg_dma_address(segment) & PAGE_MASK;
-		page[count].bytes = list.pages << PAGE_SHIFT;
-		if (++count == most) {
-			pvdma_flush(p, page, count);
-			count = 0;
+		base = sg_dma_address(segment) & PAGE_MASK;
+		bytes = list.pages << PAGE_SHIFT;
+		if (p->lazy) {	/* which needs the call page itself */
+			if (!pvdma_let_idle(p, base, bytes))
+				pvdma_take(p, base, bytes);
+		} else {
+			page[count].address = base;
+			page[count].bytes = bytes;
+			if (++count == most) {
+				pvdma_flush(p, page, count);
+				count = 0;
+			}
 		}
 		for (bytes = list.bytes; bytes && segment; segment = sg_next(segment))
 			bytes -= min_t(u64, bytes, sg_dma_len(segment));
@@ -465,7 +633,7 @@ static noinline u32 pvdma_call_counted_list(struct pvdma_device *p,
 		local_irq_save(irq);
 		/* no address to be found for the whole, so no boundary */
 		pvdma_list_start(&list, this_cpu_read(pvdma_call_page),
-				 max(pvdma_host.list_entries, 1u), pvdma_host.map_pages,
+				 pvdma_most_entries(), pvdma_host.map_pages,
 				 U64_MAX);
 		nents -= pvdma_fill(&list, &sg, nents);
 		if (likely(list.count))

@@ -47,6 +47,7 @@ static const struct {
 	{ "stuck", NULL, AT(stuck) },
 	{ "leaked", NULL, AT(leaked) },
 	{ "late", NULL, AT(late) },
+	{ "reused", NULL, AT(reused) },
 	{ "retry", "errors", ERROR_AT(PVDMA_STATUS_RETRY) },
 	{ "limit", "errors", ERROR_AT(PVDMA_STATUS_LIMIT) },
 	{ "invalid", "errors", ERROR_AT(PVDMA_STATUS_INVALID) },
@@ -116,6 +117,16 @@ static int pvdma_bytes_show(struct seq_file *file, void *unused)
 	return 0;
 }
 DEFINE_SHOW_ATTRIBUTE(pvdma_bytes);
+
+/* Mappings that no driver needs any more, and that are among the outstanding. */
+static int pvdma_idle_show(struct seq_file *file, void *unused)
+{
+	const struct pvdma_device *p = file->private;
+
+	seq_printf(file, "%u\n", p->lazy ? READ_ONCE(p->lazy->idle) : 0);
+	return 0;
+}
+DEFINE_SHOW_ATTRIBUTE(pvdma_idle);
 
 static int pvdma_policy_show(struct seq_file *file, void *unused)
 {
@@ -193,6 +204,7 @@ void pvdma_stats_add(struct pvdma_device *p)
 	debugfs_create_file("policy", 0444, p->dir, p, &pvdma_policy_fops);
 	debugfs_create_u64("max_mapping_bytes", 0444, p->dir, &p->mapping_max);
 	debugfs_create_file("outstanding_bytes", 0444, p->dir, p, &pvdma_bytes_fops);
+	debugfs_create_file("idle", 0444, p->dir, p, &pvdma_idle_fops);
 	for (i = 0; i < PVDMA_STATS; i++) {
 		const char *name = pvdma_files[i].dir;
 

@@ -130,7 +130,7 @@ function layout(limits: BackendLimits) {
 }
 
 /**
- * Policy strict (and the ground for lazy, which differs in when unmap calls the backend). Mappings live and die
+ * Policies strict and lazy. Mappings live and die
  * independently of each other, whatever pages they share. One mapping is one range and one unmap, and takes one
  * entry per contiguous run of memory.
  */

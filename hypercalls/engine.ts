@@ -48,14 +48,15 @@ import {
 
 export type DomainKind = "translated" | "identity" | "cached";
 
-/** The kind of domain that a policy needs; policies that there are so far. */
-export const DOMAIN_KINDS: Partial<Record<PolicyName, DomainKind>> = {
+/** The kind of domain that a policy needs. Lazy and strict differ in when the guest calls, not in what a call does. */
+export const DOMAIN_KINDS: Readonly<Record<PolicyName, DomainKind>> = {
   pinned: "identity",
   cached: "cached",
+  lazy: "translated",
   strict: "translated",
 };
 
-/** One IOMMU domain: each policy has its kind, but lazy and strict, which are both for translated ones. */
+/** One IOMMU domain. */
 export interface DomainConfig {
   readonly kind: DomainKind;
   readonly limits: BackendLimits;

@@ -3,6 +3,8 @@
 // lives on a thread of its own (vmm/emul/), so nothing of it needs a lock. Bus addresses are IOVAs as the guest wrote
 // them: any 64-bit value, as a double, and then out of every range where it is 2^53 or more.
 
+import type { PolicyName } from "../hypercalls/abi.js";
+
 /** Bytes of one register access. The machine splits accesses of 8 into two of 4, the low one first. */
 export type AccessBytes = 1 | 2 | 4;
 
@@ -122,6 +124,8 @@ export interface DeviceModel<Options> {
   readonly name: string;
   /** For --help: the keys, one line each. */
   readonly help: readonly string[];
+  /** The policy of its devices unless the user names one; left out: as for others. */
+  readonly policy?: PolicyName;
   /**
    * Checks what the user wrote (zod), before anything is touched; returns plain data that goes to the device's thread.
    * Throws a ZodError, or an Error whose message says what is wrong.

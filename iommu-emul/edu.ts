@@ -209,6 +209,8 @@ const keys = z.strictObject({
 
 export const edu: DeviceModel<EduOptions> = {
   name: "edu",
+  // Identity addresses are not for it: 28 bits are less than a guest's RAM.
+  policy: "strict",
   help: [
     "a device for learning, as QEMU's edu: inverts, computes factorials, interrupts (MSI), copies by DMA",
     "dma_mask=MASK  bits of bus addresses that it can emit (default 0xfffffff, 28 bits)",

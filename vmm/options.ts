@@ -2,6 +2,7 @@
 
 import { parseArgs } from "node:util";
 import { z } from "zod";
+import type { PolicyName } from "../hypercalls/abi.js";
 import { PAGE_BYTES } from "../hypercalls/addresses.js";
 import { GRANULE_MAX_BYTES } from "../hypercalls/cached.js";
 import { INJECTION_RULES_MAX } from "../hypercalls/injection.js";
@@ -20,15 +21,15 @@ import { handleOf, type InjectSpec, parseInjectSpec } from "./inject-spec.js";
 import { checked, checkedPairs, issueText, readPairs, size, sizeText, wholeNumber } from "./schemas.js";
 import { type Bdf, parseBdf } from "./vfio/sysfs.js";
 
-/** Policies that are built; the contract names one more (hypercalls/abi.ts). */
-const POLICIES = ["strict", "cached", "pinned"] as const;
-export type DmaPolicy = (typeof POLICIES)[number];
+/** From what costs a guest least to what lets devices reach least, and the one that does neither. */
+const POLICIES = ["cached", "lazy", "strict", "pinned"] as const satisfies readonly PolicyName[];
+const DEFAULT_POLICY: PolicyName = "cached";
 
 interface AnyAssignment {
   readonly name: DeviceName;
   /** Device number on the guest's bus 0. */
   readonly guestSlot?: number;
-  readonly policy: DmaPolicy;
+  readonly policy: PolicyName;
   /** The device shares no IOVAs with the others. */
   readonly ownDomain: boolean;
   /** Most guest memory that may be pinned for it, in bytes; 0: no limit of its own. */
@@ -114,13 +115,16 @@ Devices:
                        same module, no IOMMU, device or privilege needed. repeatable; the second of a model is called
                        emul:MODEL.1, the next emul:MODEL.2, wherever a device is named. The keys above, and of
 ${modelsHelp()}
-  --dma POLICY         which guest memory assigned devices reach (default strict):
-                         strict   the pages that the guest's drivers have mapped at this moment, and no others;
-                                  the guest needs the module pvdma.ko, without it devices reach nothing
+  --dma POLICY         which guest memory assigned devices reach (default ${DEFAULT_POLICY}, and strict for devices that are
+                       known not to address all of RAM). Without the module pvdma.ko in the guest: none, but with pinned.
                          cached   pages stay mapped when a driver unmaps them, until nobody has used them for a while
                                   or there is need: a map of such a page costs the guest nothing. Devices reach what
-                                  was used for DMA lately, to read and to write. Needs the module, and devices that can
-                                  address all of RAM
+                                  was used for DMA lately, to read and to write. Needs devices that can address all
+                                  of RAM
+                         lazy     the pages that the guest's drivers have mapped, and for some 10 ms those that they
+                                  had: unmaps are made many at a time, and who maps a buffer again meanwhile makes
+                                  no call
+                         strict   the pages that the guest's drivers have mapped at this moment, and no others
                          pinned   all of guest RAM, pinned at start, as other VMMs do; the guest needs no module
 
   --dma-limit SIZE[,DEVICE]
@@ -229,7 +233,7 @@ type ParsedAssignment = Unlimited<Assignment>;
 /** `before` are the devices that are assigned already: an emulated one's name depends on them. */
 function parseAssignment(
   text: string,
-  defaultPolicy: DmaPolicy,
+  defaultPolicy: PolicyName | undefined,
   before: readonly ParsedAssignment[],
 ): ParsedAssignment {
   const [device = "", ...pairs] = text.split(",");
@@ -240,12 +244,12 @@ function parseAssignment(
   }
   if (device.startsWith(EMULATED)) return parseEmulated(text, device, pairs, defaultPolicy, before);
   const keys = checkedPairs(assignmentKeys, "--assign", text, pairs);
-  return { kind: "vfio", name: parseBdf(device), ...commonOptions(keys, defaultPolicy) };
+  return { kind: "vfio", name: parseBdf(device), ...commonOptions(keys, defaultPolicy ?? DEFAULT_POLICY) };
 }
 
 const commonOptions = (
   { guest, dma, domain }: z.output<typeof assignmentKeys>,
-  defaultPolicy: DmaPolicy,
+  defaultPolicy: PolicyName,
 ) => ({
   ...(guest === undefined ? {} : { guestSlot: guest }),
   policy: dma ?? defaultPolicy,
@@ -257,7 +261,7 @@ function parseEmulated(
   text: string,
   device: string,
   pairs: readonly string[],
-  defaultPolicy: DmaPolicy,
+  defaultPolicy: PolicyName | undefined,
   before: readonly ParsedAssignment[],
 ): ParsedAssignment {
   const name = device.slice(EMULATED.length);
@@ -279,7 +283,7 @@ function parseEmulated(
     throw new UsageError(`--assign ${text}:${why}`);
   }
   const others = before.filter((each) => each.kind === "emulated" && each.model === name).length;
-  const common = commonOptions(keys, defaultPolicy);
+  const common = commonOptions(keys, defaultPolicy ?? model.policy ?? DEFAULT_POLICY);
   return { kind: "emulated", name: emulatedName(name, others), model: name, modelOptions, ...common };
 }
 
@@ -401,7 +405,7 @@ export function parseCommandLine(args: readonly string[]): Command {
   if (image === undefined && values.kernel === undefined) {
     throw new UsageError("nothing to run; give an image or --kernel, see --help");
   }
-  const dma = checked(policy, "--dma", values.dma, values.dma);
+  const dma = checked(policy.optional(), "--dma", values.dma, values.dma ?? "");
   const memoryBytes = checked(memory, "--memory", values.memory, values.memory);
   const assignments: ParsedAssignment[] = [];
   for (const text of values.assign) assignments.push(parseAssignment(text, dma, assignments));
@@ -438,7 +442,7 @@ const parse = (args: readonly string[]) =>
     tokens: true,
     options: {
       assign: { type: "string", multiple: true, default: [] },
-      dma: { type: "string", default: "strict" },
+      dma: { type: "string" },
       "dma-limit": { type: "string", multiple: true, default: [] },
       "dma-granule": { type: "string", default: DEFAULT_GRANULE },
       "dma-idle": { type: "string", default: DEFAULT_IDLE },

@@ -568,7 +568,7 @@ function engineConfig(guest: Guest, open: readonly OpenDomain[]): EngineConfig {
   const labels = open.map(({ label }) => label);
   const domains = open.map(({ label, limits }): DomainConfig => {
     const { policy } = guest.devices.find((device) => device.domain === label)!.options;
-    const kind = DOMAIN_KINDS[policy]!;
+    const kind = DOMAIN_KINDS[policy];
     const tableGpa = guest.tables.get(label)?.gpa;
     if (tableGpa === undefined) return { kind, limits };
     return { kind, limits, cached: { tableGpa, granuleBytes: guest.options.granuleBytes } };

@@ -3,7 +3,8 @@
  * Tests of the portable core against a host written out call by call. Built for
  * the machine that runs the tests:
  *
- *	gcc -I.. -DPVDMA_TRANSPORT='"test/scripted.h"' core_test.c ../pvdma_core.c
+ *	gcc -I.. -DPVDMA_TRANSPORT='"test/scripted.h"' core_test.c ../pvdma_core.c \
+ *		../pvdma_lazy.c
  *
  * Without arguments the names of the tests are printed, with a name that test
  * runs; the exit status is 1 and standard error says why if it fails.
@@ -13,6 +14,7 @@
 #include <string.h>
 
 #include "pvdma_core.h"
+#include "pvdma_lazy.h"
 #include "test/scripted.h"
 
 #define MAX_STEPS	600
@@ -963,6 +965,183 @@ static void random_lists_come_back(void)
 	}
 }
 
+/* Policy lazy's books. */
+static struct pvdma_lazy lazy;
+
+static void idle_mappings_are_used_again(void)
+{
+	struct pvdma_entry out[4];
+	u64 iova = 0;
+
+	memset(&lazy, 0xff, sizeof(lazy));
+	pvdma_lazy_start(&lazy);
+	pvdma_lazy_made(&lazy, 0x5010, 100, RW, 0x70010);
+	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 100, RW, ~0ull, &iova), false);
+	EQUAL(pvdma_lazy_take(&lazy, out, 4, 9), 0);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70010, 100, 7), PVDMA_IDLE);
+	EQUAL(lazy.idle, 1);
+
+	/* another place, length, right, or a device that cannot emit the address */
+	EQUAL(pvdma_lazy_reuse(&lazy, 0x5000, 100, RW, ~0ull, &iova), false);
+	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 101, RW, ~0ull, &iova), false);
+	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 100, PVDMA_MAP_READ, ~0ull, &iova), false);
+	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 100, RW, 0x70010 + 98, &iova), false);
+	EQUAL(iova, 0);
+	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 100, RW, 0x70010 + 99, &iova), true);
+	EQUAL(iova, 0x70010);
+	EQUAL(lazy.idle, 0);
+	/* it is one mapping, so it is one user's */
+	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 100, RW, ~0ull, &iova), false);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70010, 100, 8), PVDMA_IDLE);
+	EQUAL(pvdma_lazy_take(&lazy, out, 4, 7), 0);
+	EQUAL(pvdma_lazy_take(&lazy, out, 4, 8), 1);
+	EQUAL(out[0].address, 0x70010);
+	EQUAL(out[0].bytes, 100);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70010, 100, 8), PVDMA_NOT_KNOWN);
+	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 100, RW, ~0ull, &iova), false);
+}
+
+static void unmaps_that_are_wrong_are_seen(void)
+{
+	u64 iova;
+
+	pvdma_lazy_start(&lazy);
+	pvdma_lazy_made(&lazy, 0x5000, 4096, RW, 0x70000);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 4095, 0), PVDMA_NOT_KNOWN);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70001, 4096, 0), PVDMA_NOT_KNOWN);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x71000, 4096, 0), PVDMA_NOT_KNOWN);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 4096, 0), PVDMA_IDLE);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 4096, 0), PVDMA_IDLE_ALREADY);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 17, 0), PVDMA_IDLE_ALREADY);
+	EQUAL(lazy.idle, 1);
+	/* the host gave its address away, so what is known of it is old */
+	pvdma_lazy_made(&lazy, 0x9010, 50, RW, 0x70010);
+	EQUAL(lazy.idle, 0);
+	EQUAL(pvdma_lazy_reuse(&lazy, 0x5000, 4096, RW, ~0ull, &iova), false);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 4096, 0), PVDMA_NOT_KNOWN);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70010, 50, 0), PVDMA_IDLE);
+}
+
+static void lists_idle_but_are_not_used_again(void)
+{
+	struct pvdma_entry out[1];
+	u64 iova;
+
+	pvdma_lazy_start(&lazy);
+	pvdma_lazy_made(&lazy, PVDMA_LAZY_LIST, 8192, RW, 0x70000);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 8192, 3), PVDMA_IDLE);
+	EQUAL(pvdma_lazy_reuse(&lazy, PVDMA_LAZY_LIST, 8192, RW, ~0ull, &iova), false);
+	EQUAL(pvdma_lazy_take(&lazy, out, 1, 3), 1);
+	EQUAL(out[0].bytes, 8192);
+}
+
+static void the_books_have_an_end(void)
+{
+	struct pvdma_entry out[1];
+	u64 iova;
+	u32 i;
+
+	pvdma_lazy_start(&lazy);
+	/* the place 0 is nobody's */
+	for (i = 1; i < PVDMA_LAZY_RECORDS; i++)
+		pvdma_lazy_made(&lazy, i * 4096ull, 4096, RW, i * 8192ull);
+	pvdma_lazy_made(&lazy, 0x5000, 4096, RW, 0x12345000);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x12345000, 4096, 0), PVDMA_NOT_KNOWN);
+	for (i = 1; i < PVDMA_LAZY_RECORDS; i++)
+		EQUAL(pvdma_lazy_idle(&lazy, i * 8192ull, 4096, i), PVDMA_IDLE);
+	EQUAL(lazy.idle, PVDMA_LAZY_RECORDS - 1);
+	EQUAL(pvdma_lazy_reuse(&lazy, 7 * 4096, 4096, RW, ~0ull, &iova), true);
+	/* the longest idle ones first, and nothing younger than is asked for */
+	for (i = 1; i < 100; i++) {
+		if (i == 7)
+			continue;
+		EQUAL(pvdma_lazy_take(&lazy, out, 1, 99), 1);
+		EQUAL(out[0].address, i * 8192ull);
+	}
+	EQUAL(pvdma_lazy_take(&lazy, out, 1, 99), 0);
+	pvdma_lazy_made(&lazy, 0x5000, 4096, RW, 0x12345000);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x12345000, 4096, 0), PVDMA_IDLE);
+}
+
+/* At random, against books that are kept the long way. */
+static void random_lazy_mappings(void)
+{
+	enum { NONE, LIVE, IDLE };
+	static struct { int state; u64 gpa, bytes; u32 flags; u64 since; } naive[512];
+	u64 now = 0, iova, i, idle;
+	struct pvdma_entry out[8];
+	u32 round, n;
+
+	pvdma_lazy_start(&lazy);
+	memset(naive, 0, sizeof(naive));
+	for (round = 0; round < 300000; round++) {
+		u64 r = random_below(0x80000000);
+		u64 slot = r % 512, gpa = (r >> 9) % 16 * 4096, bytes = 1 + (r >> 13) % 2;
+		u32 flags = 1 + (r >> 15) % 2;
+		bool found;
+
+		now += r >> 20 & 1;
+		switch ((r >> 16) % 8) {
+		case 0:	/* map, at this slot if nothing idle will do */
+		case 1:
+		case 2:
+			found = pvdma_lazy_reuse(&lazy, gpa, bytes, flags, ~0ull, &iova);
+			for (i = 0; i < 512; i++) {
+				if (naive[i].state == IDLE && naive[i].gpa == gpa &&
+				    naive[i].bytes == bytes && naive[i].flags == flags)
+					break;
+			}
+			EQUAL(found, i < 512);
+			if (found) {
+				i = iova >> 12;
+				EQUAL(naive[i].state, IDLE);
+				EQUAL(naive[i].gpa, gpa);
+				EQUAL(naive[i].bytes, bytes);
+				EQUAL(naive[i].flags, flags);
+				naive[i].state = LIVE;
+			} else if (naive[slot].state == NONE) {
+				pvdma_lazy_made(&lazy, gpa, bytes, flags, slot << 12);
+				naive[slot].state = LIVE;
+				naive[slot].gpa = gpa;
+				naive[slot].bytes = bytes;
+				naive[slot].flags = flags;
+			}
+			break;
+		case 3:	/* the longest idle ones go */
+			n = pvdma_lazy_take(&lazy, out, r % 9, now - 3);
+			for (i = 0; i < n; i++) {
+				u64 at = out[i].address >> 12, j;
+
+				EQUAL(naive[at].state, IDLE);
+				EQUAL(out[i].bytes, naive[at].bytes);
+				for (j = 0; j < 512; j++)
+					EQUAL(naive[j].state == IDLE && naive[j].since < naive[at].since, 0);
+				naive[at].state = NONE;
+			}
+			for (i = 0; i < 512 && n < r % 9; i++)
+				EQUAL(naive[i].state == IDLE && (s64)(now - 3 - naive[i].since) >= 0, 0);
+			break;
+		default:
+			switch (pvdma_lazy_idle(&lazy, slot << 12, naive[slot].bytes, now)) {
+			case PVDMA_IDLE:
+				EQUAL(naive[slot].state, LIVE);
+				naive[slot].state = IDLE;
+				naive[slot].since = now;
+				break;
+			case PVDMA_NOT_KNOWN:
+				EQUAL(naive[slot].state, NONE);
+				break;
+			case PVDMA_IDLE_ALREADY:
+				EQUAL(naive[slot].state, IDLE);
+				break;
+			}
+		}
+		for (i = idle = 0; i < 512; i++)
+			idle += naive[i].state == IDLE;
+		EQUAL(lazy.idle, idle);
+	}
+}
+
 static void has_words(void)
 {
 	EQUAL(strcmp(pvdma_status_name(status(PVDMA_STATUS_LIMIT, 28)), "limit"), 0);
@@ -1005,6 +1184,11 @@ static const struct {
 	TEST(unmap_list_steps_over_failures),
 	TEST(joins_segments),
 	TEST(random_lists_come_back),
+	TEST(idle_mappings_are_used_again),
+	TEST(unmaps_that_are_wrong_are_seen),
+	TEST(lists_idle_but_are_not_used_again),
+	TEST(the_books_have_an_end),
+	TEST(random_lazy_mappings),
 	TEST(has_words),
 };
 

@@ -60,7 +60,7 @@ const usage: readonly (readonly [args: string[], message: string])[] = [
   [["--memory", "4M", "a"], "--memory 4M: too small; a guest needs at least 16M"],
   [["--memory", "8T", "a"], "--memory 8T: too large; it has to be less than 8T"],
   [["--memory", "20000K", "a"], "--memory 20000K: not a whole number of MiB"],
-  [["--dma", "open", "a"], "--dma open: not a policy; there are strict, cached and pinned"],
+  [["--dma", "open", "a"], "--dma open: not a policy; there are cached, lazy, strict and pinned"],
   [["--dma-granule", "2K", "a"], "--dma-granule 2K: 4K to 2M are possible"],
   [["--dma-granule", "4M", "a"], "--dma-granule 4M: 4K to 2M are possible"],
   [["--dma-granule", "12K", "a"], "--dma-granule 12K: not a power of two"],
@@ -346,7 +346,7 @@ test("emulated devices: keys of their own, names by their order, limits and rule
   const mask = { maskLow: 0xfffffff, maskHigh: 0 };
   assert.equal(parsed.run.assignments, [
     { ...edu, name: "emul:edu", guestSlot: 9, modelOptions: { maskLow: 0xffffffff, maskHigh: 1 } },
-    { kind: "vfio", name: "0000:02:00.0", policy: "strict", ownDomain: false, limitBytes: 0 },
+    { kind: "vfio", name: "0000:02:00.0", policy: "cached", ownDomain: false, limitBytes: 0 },
     { ...edu, name: "emul:edu.1", ownDomain: true, limitBytes: 4 * 2 ** 20, modelOptions: mask },
     { ...edu, name: "emul:edu.2", policy: "pinned", modelOptions: mask },
   ]);

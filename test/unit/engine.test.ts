@@ -642,7 +642,6 @@ calls("a configuration that contradicts itself is refused", () => {
     [{ ram: [...RAM, RAM[0]!] }, /overlaps/],
     [{ ram: [] }, /RAM slots/],
     [{ devices: Array.from({ length: 33 }, () => config.devices[0]!) }, /33 devices/],
-    [{ devices: [{ ...config.devices[0]!, policy: "lazy" }] }, /policy lazy/],
     [{ devices: [{ ...config.devices[0]!, policy: "pinned" }] }, /policy pinned/],
     [{ devices: [{ ...config.devices[0]!, domain: 9 }] }, /domain 9/],
     [

@@ -37,7 +37,7 @@ const harness = join(scratch, "core_test");
 execFileSync("gcc", [
   ...["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", ...WARNINGS],
   ...["-I", SHIM, '-DPVDMA_TRANSPORT="test/scripted.h"', "-o", harness],
-  ...[join(SHIM, "test", "core_test.c"), join(SHIM, "pvdma_core.c")],
+  ...[join(SHIM, "test", "core_test.c"), join(SHIM, "pvdma_core.c"), join(SHIM, "pvdma_lazy.c")],
 ]);
 const names = execFileSync(harness, { encoding: "utf8" }).trim().split("\n");
 for (const name of names) {

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0
+/*
+ * Mappings by bus address, and the idle ones by memory and by age, in an array that
+ * never grows: maps come from contexts that cannot wait for memory.
+ */
+#include "pvdma_lazy.h"
+
+/* Multiplicative hashing (Knuth, TAOCP 6.4), by page. */
+static u32 bucket(u64 address)
+{
+	return (u32)((address >> PVDMA_PAGE_SHIFT) * 0x9e3779b97f4a7c15ull >> 32) %
+	       PVDMA_LAZY_BUCKETS;
+}
+
+void pvdma_lazy_start(struct pvdma_lazy *lazy)
+{
+	u32 i;
+
+	for (i = 0; i < PVDMA_LAZY_BUCKETS; i++) {
+		lazy->by_iova[i] = 0;
+		lazy->by_gpa[i] = 0;
+	}
+	for (i = 1; i < PVDMA_LAZY_RECORDS; i++)
+		lazy->records[i].iova_next = (i + 1) % PVDMA_LAZY_RECORDS;
+	lazy->free = 1;
+	lazy->idle = 0;
+	lazy->oldest = 0;
+	lazy->newest = 0;
+}
+
+/* Takes a record out of the idle ones. */
+static void not_idle(struct pvdma_lazy *lazy, u16 at)
+{
+	struct pvdma_record *record = &lazy->records[at];
+	u16 *link;
+
+	if (record->gpa != PVDMA_LAZY_LIST) {
+		for (link = &lazy->by_gpa[bucket(record->gpa)]; *link != at;)
+			link = &lazy->records[*link].gpa_next;
+		*link = record->gpa_next;
+	}
+	if (record->older)
+		lazy->records[record->older].newer = record->newer;
+	else
+		lazy->oldest = record->newer;
+	if (record->newer)
+		lazy->records[record->newer].older = record->older;
+	else
+		lazy->newest = record->older;
+	record->idle = false;
+	lazy->idle--;
+}
+
+/* Takes a record that is not idle out of those by iova; it is free. */
+static void forget(struct pvdma_lazy *lazy, u16 at)
+{
+	struct pvdma_record *record = &lazy->records[at];
+	u16 *link = &lazy->by_iova[bucket(record->iova)];
+
+	while (*link != at)
+		link = &lazy->records[*link].iova_next;
+	*link = record->iova_next;
+	record->iova_next = lazy->free;
+	lazy->free = at;
+}
+
+static u16 find(const struct pvdma_lazy *lazy, u64 iova, u64 mask)
+{
+	u16 at = lazy->by_iova[bucket(iova)];
+
+	while (at && (lazy->records[at].iova ^ iova) & mask)
+		at = lazy->records[at].iova_next;
+	return at;
+}
+
+void pvdma_lazy_made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64 iova)
+{
+	/* an iova is one mapping's until the host has unmapped it: so the host has */
+	u16 gone = find(lazy, iova, ~(PVDMA_PAGE_BYTES - 1));
+	u16 *head = &lazy->by_iova[bucket(iova)];
+	struct pvdma_record *record;
+	u16 at;
+
+	if (gone && lazy->records[gone].idle)
+		not_idle(lazy, gone);
+	if (gone)
+		forget(lazy, gone);
+	at = lazy->free;
+	if (!at)
+		return;
+	record = &lazy->records[at];
+	lazy->free = record->iova_next;
+	record->gpa = gpa;
+	record->iova = iova;
+	record->bytes = bytes;
+	record->flags = flags;
+	record->idle = false;
+	record->iova_next = *head;
+	*head = at;
+}
+
+bool pvdma_lazy_reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags,
+		      u64 iova_max, u64 *iova)
+{
+	u16 at;
+
+	for (at = lazy->by_gpa[bucket(gpa)]; at; at = lazy->records[at].gpa_next) {
+		const struct pvdma_record *record = &lazy->records[at];
+
+		if (record->gpa != gpa || record->bytes != bytes ||
+		    record->flags != flags || record->iova > iova_max ||
+		    bytes - 1 > iova_max - record->iova)
+			continue;
+		*iova = record->iova;
+		not_idle(lazy, at);
+		return true;
+	}
+	return false;
+}
+
+enum pvdma_idled pvdma_lazy_idle(struct pvdma_lazy *lazy, u64 iova, u64 bytes, u64 now)
+{
+	u16 at = find(lazy, iova, ~0ull);
+	struct pvdma_record *record = &lazy->records[at];
+	u16 *head;
+
+	if (!at)
+		return PVDMA_NOT_KNOWN;
+	if (record->idle)
+		return PVDMA_IDLE_ALREADY;
+	if (record->bytes != bytes)
+		return PVDMA_NOT_KNOWN;
+
+	if (record->gpa != PVDMA_LAZY_LIST) {
+		head = &lazy->by_gpa[bucket(record->gpa)];
+		record->gpa_next = *head;
+		*head = at;
+	}
+	record->older = lazy->newest;
+	record->newer = 0;
+	if (lazy->newest)
+		lazy->records[lazy->newest].newer = at;
+	else
+		lazy->oldest = at;
+	lazy->newest = at;
+	record->since = now;
+	record->idle = true;
+	lazy->idle++;
+	return PVDMA_IDLE;
+}
+
+u32 pvdma_lazy_take(struct pvdma_lazy *lazy, struct pvdma_entry *entries, u32 max,
+		    u64 until)
+{
+	u32 count = 0;
+
+	while (count < max && lazy->oldest) {
+		u16 at = lazy->oldest;
+		const struct pvdma_record *record = &lazy->records[at];
+
+		/* times are compared by their distance, so that a clock may wrap */
+		if ((s64)(until - record->since) < 0)
+			break;
+		not_idle(lazy, at);
+		forget(lazy, at);
+		entries[count].address = record->iova;
+		entries[count].bytes = record->bytes;
+		count++;
+	}
+	return count;
+}

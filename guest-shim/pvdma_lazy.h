@@ -1,0 +1,83 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0 */
+/*
+ * The guest's side of policy lazy: what a driver has unmapped stays mapped at the
+ * host for a moment, idle, so that unmaps go there many at a time, and a buffer that
+ * is mapped again meanwhile needs no call at all. Keeps the books only: the caller
+ * makes the calls, and holds a lock of its own around each function here.
+ */
+#ifndef PVDMA_LAZY_H
+#define PVDMA_LAZY_H
+
+#include "pvdma_core.h"
+
+/* Mappings of a device that are remembered; those beyond are unmapped at once. */
+#define PVDMA_LAZY_RECORDS	4096u
+#define PVDMA_LAZY_BUCKETS	4096u
+
+/* In place of a gpa: a range for a list, which is not looked for again. */
+#define PVDMA_LAZY_LIST		(~0ull)
+
+/* Records are named by their place in the array; the place 0 is nobody's. */
+struct pvdma_record {
+	u64 gpa;		/* of the first byte, or PVDMA_LAZY_LIST */
+	u64 iova;		/* of the first byte */
+	u64 bytes;
+	u64 since;		/* idle since, in the caller's clock */
+	u32 flags;		/* PVDMA_MAP_* */
+	bool idle;
+	u16 iova_next;		/* in its bucket by iova; in the list of free ones */
+	u16 gpa_next;		/* in its bucket by gpa, if idle and no list */
+	u16 older, newer;	/* of the idle ones */
+};
+
+struct pvdma_lazy {
+	u32 idle;		/* records that are */
+	u16 free;
+	u16 oldest, newest;	/* of the idle ones */
+	u16 by_iova[PVDMA_LAZY_BUCKETS];
+	u16 by_gpa[PVDMA_LAZY_BUCKETS];
+	struct pvdma_record records[PVDMA_LAZY_RECORDS];
+};
+
+/* What became of a mapping that its driver no longer needs. */
+enum pvdma_idled {
+	PVDMA_IDLE,		/* it is idle: nothing more to do now */
+	PVDMA_NOT_KNOWN,	/* not remembered as it is given: the host has to unmap it */
+	PVDMA_IDLE_ALREADY,	/* unmapped twice */
+};
+
+/** pvdma_lazy_start() - begin with no mappings. The memory may hold anything. */
+void pvdma_lazy_start(struct pvdma_lazy *lazy);
+
+/**
+ * pvdma_lazy_made() - remember a mapping that was made
+ * @gpa: PVDMA_LAZY_LIST for a list
+ *
+ * Without room for it nothing happens: it will not be known.
+ */
+void pvdma_lazy_made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64 iova);
+
+/**
+ * pvdma_lazy_reuse() - look for an idle mapping of the same bytes and flags
+ * @iova_max: last address the device can emit
+ * @iova: its bus address, set on success only
+ *
+ * Return: true when there was one; it is the caller's again.
+ */
+bool pvdma_lazy_reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags,
+		      u64 iova_max, u64 *iova);
+
+/** pvdma_lazy_idle() - the driver unmaps; @iova and @bytes as the mapping was made */
+enum pvdma_idled pvdma_lazy_idle(struct pvdma_lazy *lazy, u64 iova, u64 bytes, u64 now);
+
+/**
+ * pvdma_lazy_take() - forget the longest idle mappings, to unmap them
+ * @entries: filled with their iovas and lengths, at most @max
+ * @until: only what has been idle since this time or before
+ *
+ * Return: how many.
+ */
+u32 pvdma_lazy_take(struct pvdma_lazy *lazy, struct pvdma_entry *entries, u32 max,
+		    u64 until);
+
+#endif /* PVDMA_LAZY_H */

@@ -1,0 +1,138 @@
+// Policy lazy, from a driver's map to the IOMMU: unmaps are made many at a time, a buffer that is mapped again meanwhile
+// needs no call, and nothing that was unmapped stays reachable for long; limits and failures on demand reach the driver.
+
+import * as assert from "uvu/assert";
+import { sized } from "../soak.js";
+import {
+  assertNoComplaints,
+  assertNothingLeft,
+  assertReads,
+  assignedDisk,
+  DEEP_QUEUE,
+  emulatedDisks,
+  endDriven,
+  loadNvme,
+  startDriven,
+  verify,
+} from "./recovery.js";
+import { assertViewsAgree, LabSuite, MiB, type RunningVmm } from "./support.js";
+
+const DISK_MIB = sized(4, 64);
+const DEVICE = "0000:00:01.0";
+const lab = new LabSuite("lazy", { diskBytes: DISK_MIB * MiB });
+
+/** Waits until nothing is idle any more, and fails when that takes longer than it may. */
+async function assertSettles(vmm: RunningVmm): Promise<void> {
+  const idle = `/sys/kernel/debug/pvdma/${DEVICE}/idle`;
+  await vmm.sh(
+    `for i in $(seq 50); do [ $(cat ${idle}) = 0 ] && break; sleep 0.1; done; [ $(cat ${idle}) = 0 ]`,
+  );
+}
+
+lab.test("the data is right, and there are fewer calls than maps, and far fewer than unmaps", async () => {
+  const disk = assignedDisk(lab);
+  const vmm = await startDriven(disk.host, [disk.assign], { args: ["--dma", "lazy", "--cpus", "2"] });
+  const [path] = await loadNvme(vmm);
+  await assertReads(vmm, disk, path!);
+  await verify(vmm, path!, `--bs=4k --iodepth=16 --size=${DISK_MIB}M`);
+  await assertReads(vmm, disk, path!);
+  await assertSettles(vmm);
+  const before = await assertViewsAgree(vmm);
+  // The same buffers over and over, and long enough until they are flushed that they are found idle.
+  await vmm.sh("echo 1000 > /sys/module/pvdma/parameters/lazy_ms");
+  const ios = await verify(vmm, path!, "--bs=4k --iodepth=16 --size=1M --loops=4 --iomem=malloc");
+  await assertSettles(vmm);
+  const after = await assertViewsAgree(vmm);
+  const change = (name: string) => after.guest.get(name)! - before.guest.get(name)!;
+  const [maps, unmaps, reused] = ["hypercall_map", "hypercall_unmap", `${DEVICE}/reused`].map(change);
+  console.log(`    ${ios} I/Os: ${maps} map calls, ${unmaps} unmap calls, ${reused} found idle`);
+  assert.ok(reused! > ios / 2 && maps! < ios / 2, "buffers were used again");
+  assert.ok(unmaps! < maps! / 2, "unmaps were gathered");
+  await assertNoComplaints(vmm);
+  await assertNothingLeft(vmm);
+  await endDriven(vmm);
+});
+
+lab.test(
+  "what was unmapped is reachable no longer than it may be, and a driver that goes leaves nothing",
+  async () => {
+    const disk = assignedDisk(lab);
+    const vmm = await startDriven(disk.host, [disk.assign], { args: ["--dma", "lazy"] });
+    const [path] = await loadNvme(vmm);
+    await assertSettles(vmm);
+    const idle = await assertViewsAgree(vmm);
+    const outstanding = `${DEVICE}/outstanding`;
+    await vmm.sh("echo 1000 > /sys/module/pvdma/parameters/lazy_ms");
+    await vmm.sh(`dd if=${path} of=/dev/null bs=64k count=20 iflag=direct 2> /dev/null`);
+    const busy = Number(await vmm.sh(`cat /sys/kernel/debug/pvdma/${DEVICE}/outstanding`));
+    assert.ok(busy > idle.guest.get(outstanding)!, "it stays mapped for a while");
+    await assertSettles(vmm);
+    const settled = await assertViewsAgree(vmm);
+    assert.is(settled.guest.get(outstanding), idle.guest.get(outstanding));
+    assert.is(settled.host.get("dma/mapped_bytes"), idle.host.get("dma/mapped_bytes"));
+
+    // In the middle of it the driver goes: nothing waits for the time to pass.
+    await vmm.sh(`dd if=${path} of=/dev/null bs=64k count=20 iflag=direct 2> /dev/null; modprobe -r nvme`);
+    const gone = await assertViewsAgree(vmm);
+    for (const name of ["outstanding", "idle", "leaked", "stuck"])
+      assert.is(gone.guest.get(`${DEVICE}/${name}`), 0, name);
+    assert.is(gone.host.get("dma/mapped_bytes"), 0);
+    assert.is(gone.host.get("hypercalls/release/calls"), 2, "one when the driver came, one when it went");
+    assert.is(gone.host.get("dma/released_mappings"), 0, "and there was nothing to be released");
+    await loadNvme(vmm);
+    await assertReads(vmm, disk, path!);
+    await assertNoComplaints(vmm);
+    await assertNothingLeft(vmm);
+    await endDriven(vmm);
+  },
+);
+
+for (const [limit, args] of [
+  ["--dma-limit 1M", ["--dma-limit", "1M"]],
+  ["30 mappings", ["--emul-iommu", "entries=30"]],
+] as const) {
+  lab.test(
+    `${limit}: what is idle makes room, the driver waits for the rest, and every byte is right`,
+    async () => {
+      const [disk] = await emulatedDisks(lab.host, DISK_MIB * MiB);
+      const vmm = await startDriven(lab.host, [disk!.assign], {
+        args: ["--dma", "lazy", "--cpus", "4", ...args],
+      });
+      const [path] = await loadNvme(vmm);
+      await vmm.sh("echo 1000 > /sys/module/pvdma/parameters/lazy_ms");
+      const hash = await assertReads(vmm, disk!, path!);
+      const ios = await verify(vmm, path!, `${DEEP_QUEUE} --bsrange=4k-64k --size=${DISK_MIB}M`);
+      assert.is.not(await assertReads(vmm, disk!, path!), hash);
+      const { guest, host } = await assertViewsAgree(vmm);
+      const [retries, told] = ["retries", "errors/limit"].map((name) => guest.get(`${DEVICE}/${name}`));
+      console.log(`    ${ios} I/Os; ${retries} calls were made again, the driver was told of ${told} limits`);
+      assert.ok(retries! > 0, "the limit was met");
+      assert.is(host.get("dma/limit_hits"), retries! + told!);
+      await assertNoComplaints(vmm);
+      await assertNothingLeft(vmm);
+      await endDriven(vmm);
+    },
+  );
+}
+
+lab.test("failures on demand strike the calls that are made, flushes too", async () => {
+  const disk = assignedDisk(lab);
+  const vmm = await startDriven(disk.host, [disk.assign], { args: ["--dma", "lazy", "--cpus", "2"] });
+  const [path] = await loadNvme(vmm);
+  await vmm.tell("inject", "map,p=0.2");
+  await vmm.tell("inject", "unmap,p=0.2,errno=EAGAIN");
+  const ios = await verify(vmm, path!, "--bs=4k --iodepth=64 --size=2M");
+  const rules = await vmm.tell("inject");
+  await vmm.tell("uninject", "all");
+  const struck = [...rules.matchAll(/struck (\d+)\)/g)].map((match) => Number(match[1]));
+  console.log(`    ${ios} I/Os; ${struck.join(" and ")} calls failed`);
+  assert.ok(struck.length === 2 && struck.every((count) => count > 0), rules);
+  await assertReads(vmm, disk, path!);
+  await assertSettles(vmm);
+  await assertViewsAgree(vmm);
+  await assertNoComplaints(vmm);
+  await assertNothingLeft(vmm);
+  await endDriven(vmm);
+});
+
+lab.run();
