@@ -17,6 +17,8 @@ export const hva = (value: number): Hva => value as Hva;
 
 /** The page every structure here counts in: x86's smallest, and the smallest IOMMU granule of VT-d and AMD-Vi. */
 export const PAGE_BYTES = 4096;
+/** A large page of x86-64. */
+export const HUGE_PAGE_BYTES = 2 ** 21;
 export const PAGE_SHIFT = 12;
 
 /** Above this a double no longer holds every integer; a 64-bit register that is larger is out of every valid range. */

@@ -1,13 +1,15 @@
 // Guest RAM: one memfd, mapped once and for the life of the process, so that no view of it can dangle. Pages nobody
 // touched cost nothing. In the file, and so in host addresses, low and high RAM follow each other without the hole.
 
-import { closeSync, ftruncateSync, readSync, writeSync } from "node:fs";
-import { type Gpa, gpa, type Hva, hva } from "../hypercalls/addresses.js";
+import { closeSync, existsSync, ftruncateSync, readFileSync, readSync } from "node:fs";
+import { type Gpa, gpa, HUGE_PAGE_BYTES, type Hva, hva } from "../hypercalls/addresses.js";
 import type { GuestMemory as GuestMemoryAccess, RamSlot } from "../hypercalls/guest-ram.js";
 import { VmmError } from "./errors.js";
 import {
   MADV_DONTDUMP,
+  MADV_HUGEPAGE,
   MAP_NORESERVE,
+  MFD_HUGETLB_2M,
   madvise,
   memfdCreate,
   mmapShared,
@@ -22,22 +24,41 @@ export interface RamPiece extends RamSlot {
   readonly fileOffset: number;
 }
 
-/** What a Worker needs to see the same memory; plain numbers. */
+/** Pages of 2 MiB: reserved ones of hugetlbfs, or those that the kernel makes of 4 KiB ones where it can (THP). */
+export type HugePages = "hugetlb" | "thp";
+
+/** Why the kernel will make no large pages of shared memory, as this is; undefined when it does. */
+export function noLargePages(): string | undefined {
+  const file = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+  const set = existsSync(file) ? /\[(\w+)\]/.exec(readFileSync(file, "utf8"))?.[1] : "missing";
+  if (set !== "never" && set !== "deny" && set !== "missing") return undefined;
+  return `--hugepages thp: this host makes no huge pages of shared memory (${file} is ${set}): RAM is of 4 KiB pages; echo advise > ${file}`;
+}
+
+/** What a Worker needs to see the same memory; plain data. */
 export interface RamDescription {
   readonly fd: number;
   readonly slots: readonly RamPiece[];
+  readonly hugePages?: HugePages;
 }
 
 /**
- * A memfd of so many bytes (whole pages), all zero, mapped for the life of the process and left out of core dumps; pages
- * nobody touches cost nothing. Throws a SystemError.
+ * A memfd of so many bytes (whole pages of its kind), all zero, mapped for the life of the process and left out of core
+ * dumps; pages nobody touches cost nothing, but pages of hugetlbfs are taken from the host's at once: a process that
+ * touches one that is not there is killed. Throws a SystemError.
  */
-export function createSharedMemory(name: string, bytes: number): { readonly fd: number; readonly hva: Hva } {
-  const fd = memfdCreate(name);
+export function createSharedMemory(
+  name: string,
+  bytes: number,
+  hugePages?: HugePages,
+): { readonly fd: number; readonly hva: Hva } {
+  const reserved = hugePages === "hugetlb";
+  const fd = memfdCreate(name, reserved ? MFD_HUGETLB_2M : 0);
   try {
     ftruncateSync(fd, bytes);
-    const address = mmapShared(fd, bytes, 0, PROT_READ | PROT_WRITE, MAP_NORESERVE);
+    const address = mmapShared(fd, bytes, 0, PROT_READ | PROT_WRITE, reserved ? 0 : MAP_NORESERVE);
     madvise(address, bytes, MADV_DONTDUMP);
+    if (hugePages === "thp") madvise(address, bytes, MADV_HUGEPAGE);
     return { fd, hva: address };
   } catch (error) {
     closeSync(fd);
@@ -45,16 +66,36 @@ export function createSharedMemory(name: string, bytes: number): { readonly fd: 
   }
 }
 
-/** Makes RAM of the given pieces (whole pages, ascending, apart); throws a VmmError when the system refuses. */
-export function createRam(pieces: readonly { gpa: number; bytes: number }[]): RamDescription {
+/** What to do when memory cannot be had. */
+function advice(totalBytes: number, hugePages: HugePages | undefined): string {
+  if (hugePages !== "hugetlb") return "give less --memory";
+  const pool = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+  const count = (name: string) => {
+    const file = `${pool}/${name}`;
+    return existsSync(file) ? Number(readFileSync(file, "utf8")) : 0;
+  };
+  const free = count("free_hugepages") - count("resv_hugepages");
+  return (
+    `it takes ${totalBytes / HUGE_PAGE_BYTES} huge pages of 2 MiB, and ${free} are free; ` +
+    `reserve more (echo N > ${pool}/nr_hugepages), or use --hugepages thp`
+  );
+}
+
+/**
+ * Makes RAM of the given pieces (whole pages of its kind, ascending, apart). Throws a VmmError when the system refuses.
+ */
+export function createRam(
+  pieces: readonly { gpa: number; bytes: number }[],
+  hugePages?: HugePages,
+): RamDescription {
   const totalBytes = pieces.reduce((sum, piece) => sum + piece.bytes, 0);
   let memory: ReturnType<typeof createSharedMemory>;
   try {
-    memory = createSharedMemory("guest-ram", totalBytes);
+    memory = createSharedMemory("guest-ram", totalBytes, hugePages);
   } catch (error) {
     const mebibytes = totalBytes / 2 ** 20;
     throw new VmmError(
-      `${mebibytes} MiB of guest RAM cannot be had: ${(error as Error).message}; give less --memory`,
+      `${mebibytes} MiB of guest RAM cannot be had: ${(error as Error).message}; ${advice(totalBytes, hugePages)}`,
     );
   }
   const { fd, hva: base } = memory;
@@ -64,7 +105,7 @@ export function createRam(pieces: readonly { gpa: number; bytes: number }[]): Ra
     fileOffset += piece.bytes;
     return slot;
   });
-  return { fd, slots };
+  return { fd, slots, ...(hugePages && { hugePages }) };
 }
 
 /** Access to guest RAM by guest-physical address. Every thread has its own; all see the same bytes. */
@@ -114,11 +155,14 @@ export class GuestMemory implements GuestMemoryAccess {
 
   /** Writes bytes into RAM; throws a RangeError when they do not fit it. Not for hot paths. */
   write(address: number, bytes: Uint8Array): void {
-    let offset = this.requireOffset(address, bytes.length);
+    const offset = this.requireOffset(address, bytes.length);
+    // Not write(2), which hugetlbfs does not have.
     for (let done = 0; done < bytes.length; ) {
-      const written = writeSync(this.ram.fd, bytes, done, bytes.length - done, offset);
-      done += written;
-      offset += written;
+      const within = (offset + done) % WINDOW_BYTES;
+      const window = this.window(offset + done);
+      const part = bytes.subarray(done, done + Math.min(bytes.length - done, window.byteLength - within));
+      new Uint8Array(window.buffer, window.byteOffset + within, part.length).set(part);
+      done += part.length;
     }
   }
 
@@ -134,9 +178,11 @@ export class GuestMemory implements GuestMemoryAccess {
     }
   }
 
-  /** All RAM reads as zero again and costs nothing. The guest must not be running. */
+  /** All RAM reads as zero again, and costs nothing unless it is reserved. The guest must not be running. */
   clear(): void {
-    punchHole(this.ram.fd, 0, this.totalBytes);
+    // What is given back to hugetlbfs somebody else may take.
+    if (this.ram.hugePages !== "hugetlb") punchHole(this.ram.fd, 0, this.totalBytes);
+    else for (let at = 0; at < this.totalBytes; at += WINDOW_BYTES) this.window(at).fill(0);
   }
 
   private requireOffset(address: number, bytes: number): number {

@@ -3,7 +3,7 @@
 import { parseArgs } from "node:util";
 import { z } from "zod";
 import type { PolicyName } from "../hypercalls/abi.js";
-import { PAGE_BYTES } from "../hypercalls/addresses.js";
+import { HUGE_PAGE_BYTES, PAGE_BYTES } from "../hypercalls/addresses.js";
 import { GRANULE_MAX_BYTES } from "../hypercalls/cached.js";
 import { INJECTION_RULES_MAX } from "../hypercalls/injection.js";
 import { MODELS, modelNamed } from "../iommu-emul/models.js";
@@ -17,6 +17,7 @@ import {
   parseDeviceName,
 } from "./device-name.js";
 import { errorMessage, UsageError } from "./errors.js";
+import type { HugePages } from "./guest-memory.js";
 import { handleOf, type InjectSpec, parseInjectSpec } from "./inject-spec.js";
 import { checked, checkedPairs, issueText, readPairs, size, sizeText, wholeNumber } from "./schemas.js";
 import { type Bdf, parseBdf } from "./vfio/sysfs.js";
@@ -69,6 +70,8 @@ export interface Options {
   readonly granuleBytes: number;
   /** After which it gives back what nobody uses; 0: only when there is need. */
   readonly idleSeconds: number;
+  /** What RAM is made of; left out: pages of 4 KiB. */
+  readonly hugePages?: HugePages;
   readonly softIommu: SoftIommuLimits;
   readonly injections: readonly InjectSpec[];
   readonly stats: boolean;
@@ -79,6 +82,7 @@ export interface Options {
 export const MIN_MEMORY_BYTES = 16 * 2 ** 20;
 const DEFAULT_MEMORY = "512M";
 const DEFAULT_GRANULE = "64K";
+const HUGE_PAGES = ["hugetlb", "thp"] as const satisfies readonly HugePages[];
 const DEFAULT_IDLE = "30";
 
 /** The models and their own keys. */
@@ -98,6 +102,8 @@ The guest:
   --cpus N             vCPUs, 1 to ${CPUS_MAX} (default 1)
   --memory SIZE        guest RAM, such as 512M or 8G (default ${DEFAULT_MEMORY}); a plain number is MiB.
                        Memory the guest does not touch costs the host nothing.
+  --hugepages KIND     RAM of pages of 2 MiB: hugetlb takes them from those that the host has reserved, all at once; thp
+                       lets the kernel make them where it can. Policy cached then maps 2M at a time
   --kernel FILE        kernel (bzImage), instead of the one in IMAGE
   --initrd FILE        initial RAM disk, instead of the one in IMAGE
   --cmdline TEXT       kernel command line, instead of the one in IMAGE
@@ -132,7 +138,7 @@ ${modelsHelp()}
                        device; repeatable. A multiple of 4K; a plain number is bytes. A map that does not fit is
                        refused, and the guest's driver is told so: it waits until others are unmapped. (Policy cached
                        gives back first what nobody uses.)
-  --dma-granule SIZE   what policy cached maps at a time, 4K to 2M, a power of two (default ${DEFAULT_GRANULE}): larger ones take
+  --dma-granule SIZE   what policy cached maps at a time, 4K to 2M, a power of two (default ${DEFAULT_GRANULE}, 2M with --hugepages): larger ones take
                        fewer calls and fewer mappings of the IOMMU, and pin more memory than is used
   --dma-idle SECONDS   policy cached gives back what nobody has used for SECONDS, at the latest after twice that time;
                        0 to 86400, 0: only when there is need (default ${DEFAULT_IDLE})
@@ -197,6 +203,8 @@ Examples:
 const policy = z.enum(POLICIES, {
   error: `not a policy; there are ${POLICIES.join(", ").replace(/, (\w+)$/, " and $1")}`,
 });
+
+const hugePagesKind = z.enum(HUGE_PAGES, { error: `not a kind; there are ${HUGE_PAGES.join(" and ")}` });
 
 const assignmentKeys = z.strictObject({
   guest: wholeNumber(1, 31).optional(),
@@ -409,7 +417,16 @@ export function parseCommandLine(args: readonly string[]): Command {
   const memoryBytes = checked(memory, "--memory", values.memory, values.memory);
   const assignments: ParsedAssignment[] = [];
   for (const text of values.assign) assignments.push(parseAssignment(text, dma, assignments));
-  const granuleBytes = checked(granule, "--dma-granule", values["dma-granule"], values["dma-granule"]);
+  const hugePages = checked(
+    hugePagesKind.optional(),
+    "--hugepages",
+    values.hugepages,
+    values.hugepages ?? "",
+  );
+  if (hugePages === "hugetlb" && memoryBytes % HUGE_PAGE_BYTES !== 0)
+    throw new UsageError(`--memory ${values.memory}: not a multiple of 2M, as --hugepages hugetlb needs`);
+  const granuleText = values["dma-granule"] ?? (hugePages ? "2M" : DEFAULT_GRANULE);
+  const granuleBytes = checked(granule, "--dma-granule", granuleText, granuleText);
   const limits = parseDmaLimits(values["dma-limit"], assignments, memoryBytes, granuleBytes);
   return {
     run: {
@@ -423,6 +440,7 @@ export function parseCommandLine(args: readonly string[]): Command {
       assignments: assignments.map((each, i) => ({ ...each, limitBytes: limits.get(i) ?? 0 })),
       limitBytes: limits.get(-1) ?? 0,
       granuleBytes,
+      ...(hugePages && { hugePages }),
       idleSeconds: checked(wholeNumber(0, 86400), "--dma-idle", values["dma-idle"], values["dma-idle"]),
       softIommu: parseSoftIommu(values["emul-iommu"], assignments),
       injections: parseInjections(
@@ -444,7 +462,8 @@ const parse = (args: readonly string[]) =>
       assign: { type: "string", multiple: true, default: [] },
       dma: { type: "string" },
       "dma-limit": { type: "string", multiple: true, default: [] },
-      "dma-granule": { type: "string", default: DEFAULT_GRANULE },
+      "dma-granule": { type: "string" },
+      hugepages: { type: "string" },
       "dma-idle": { type: "string", default: DEFAULT_IDLE },
       "emul-iommu": { type: "string", multiple: true, default: [] },
       inject: { type: "string", multiple: true, default: [] },

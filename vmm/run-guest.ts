@@ -27,7 +27,7 @@ import { addPowerPorts } from "./devices/power.js";
 import { type BackendHandle, openBackend } from "./dma-backend.js";
 import { checkEmulated, type EmulatedDevice, OpenEmulated, prepareEmulated } from "./emul/assign.js";
 import { attempt, DeviceError, errorMessage, forDevice, isExpected, VmmError } from "./errors.js";
-import { createRam, GuestMemory, type RamDescription, ramBytes } from "./guest-memory.js";
+import { createRam, GuestMemory, noLargePages, type RamDescription, ramBytes } from "./guest-memory.js";
 import { ruleOf } from "./inject-spec.js";
 import { KernelLog, loggedFaults } from "./iommu-faults.js";
 import { Kvm } from "./kvm.js";
@@ -176,7 +176,9 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
     });
 
     // 3. Guest RAM, and what tracks it. They stay mapped until the process ends.
-    const ram = createRam(plan.ram);
+    const ram = createRam(plan.ram, options.hugePages);
+    const without = options.hugePages === "thp" ? noLargePages() : undefined;
+    if (without !== undefined) warn(without);
     cleanup.add(() => closeSync(ram.fd));
     const tables = new Map<string, TableDescription>();
     for (const [i, label] of cached.entries()) {

@@ -3,6 +3,8 @@
 
 import * as assert from "uvu/assert";
 import { sized } from "../soak.js";
+import { buildGuestImage } from "./guest.js";
+import { must } from "./host.js";
 import {
   assertNoComplaints,
   assertReads,
@@ -15,7 +17,8 @@ import {
   type TestedDisk,
   verify,
 } from "./recovery.js";
-import { LabSuite, MiB, type RunningVmm } from "./support.js";
+import { CONSOLE } from "./scripts.js";
+import { LabSuite, MiB, RunningVmm } from "./support.js";
 
 const DISK_MIB = sized(8, 64);
 const lab = new LabSuite("cached", { diskBytes: DISK_MIB * MiB });
@@ -133,5 +136,51 @@ lab.test("failures on demand strike every map, whether it is cached or not", asy
   await assertNothingLeft(vmm);
   await endDriven(vmm);
 });
+
+lab.test(
+  "--hugepages hugetlb: RAM is of large pages, each mapped by one entry, over a reboot too",
+  async () => {
+    const disk = assignedDisk(lab);
+    const pool = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+    const available = async () =>
+      Number(
+        await must(disk.host, `echo $(($(cat ${pool}/free_hugepages) - $(cat ${pool}/resv_hugepages)))`),
+      );
+    const reserve = (pages: number) => must(disk.host, `echo ${pages} > ${pool}/nr_hugepages`);
+    const args = ["--dma", "cached", "--hugepages", "hugetlb", "--memory", "256M"];
+    await reserve(100);
+    const image = await buildGuestImage({ kernel: "6.12", script: CONSOLE, tools: ["fio"] });
+    const short = await RunningVmm.start(disk.host, ["--assign", disk.assign, ...args, image]);
+    assert.is((await short.end()).status, 1);
+    assert.match(
+      short.messages().join("\n"),
+      /^vmm: 256 MiB of guest RAM .*; it takes 128 huge pages of 2 MiB, and 100 are free; /m,
+    );
+
+    await reserve(140);
+    const vmm = await startDriven(disk.host, [disk.assign], { args });
+    assert.is(await available(), 12);
+    for (let life = 0; life < 2; life++) {
+      if (life > 0) {
+        vmm.process.write("reboot -f\n");
+        await vmm.guestSays("ready");
+        await vmm.sh("modprobe pvdma");
+      }
+      const [path] = await loadNvme(vmm);
+      await assertReads(vmm, disk, path!);
+      await verify(vmm, path!, "--bs=4k --iodepth=16 --size=1M");
+      const figures = await vmm.statistics();
+      const [pinned, entries] = ["dma/pinned_bytes", "dma/entries"].map((name) => figures.get(name)!);
+      console.log(`    ${pinned! / MiB} MiB pinned by ${entries} entries`);
+      assert.ok(entries! > 0);
+      assert.is(pinned, entries! * 2 * MiB);
+    }
+    await assertNoComplaints(vmm);
+    await assertNothingLeft(vmm);
+    await endDriven(vmm);
+    assert.is(await available(), 140);
+    await reserve(0);
+  },
+);
 
 lab.run();

@@ -64,6 +64,11 @@ const usage: readonly (readonly [args: string[], message: string])[] = [
   [["--dma-granule", "2K", "a"], "--dma-granule 2K: 4K to 2M are possible"],
   [["--dma-granule", "4M", "a"], "--dma-granule 4M: 4K to 2M are possible"],
   [["--dma-granule", "12K", "a"], "--dma-granule 12K: not a power of two"],
+  [["--hugepages", "1G", "a"], "--hugepages 1G: not a kind; there are hugetlb and thp"],
+  [
+    ["--hugepages", "hugetlb", "--memory", "129M", "a"],
+    "--memory 129M: not a multiple of 2M, as --hugepages hugetlb needs",
+  ],
   [["--dma-idle", "86401", "a"], "--dma-idle 86401: not a whole number from 0 to 86400"],
   [
     ["--dma", "cached", "--assign", "02:00.0", "--dma-limit", "32K", "a"],
@@ -331,6 +336,10 @@ test("policy cached: granule and idle time", () => {
   assert.is(parsed.run.assignments[0]!.policy, "cached");
   assert.is(parsed.run.granuleBytes, 2 ** 21);
   assert.is(parsed.run.idleSeconds, 0);
+  const huge = parseCommandLine("--hugepages thp --assign 02:00.0 a".split(" "));
+  assert.ok("run" in huge);
+  assert.is(huge.run.hugePages, "thp");
+  assert.is(huge.run.granuleBytes, 2 ** 21);
 });
 
 test("emulated devices: keys of their own, names by their order, limits and rules by their names", () => {

@@ -92,9 +92,12 @@ export const PROT_READ = 1;
 export const PROT_WRITE = 2;
 export const MAP_SHARED = 1;
 export const MAP_NORESERVE = 0x4000;
+export const MADV_HUGEPAGE = 14;
 export const MADV_DONTDUMP = 16;
 const MAP_FAILED = 2 ** 64;
 const MFD_CLOEXEC = 1;
+/** MFD_HUGETLB, and MFD_HUGE_2MB. */
+export const MFD_HUGETLB_2M = 4 | (21 << 26);
 const EFD_CLOEXEC = 0o2000000;
 const EFD_NONBLOCK = 0o4000;
 const FALLOC_FL_KEEP_SIZE = 1;
@@ -155,9 +158,9 @@ export function munmap(address: Hva, bytes: number): void {
 export const madvise = (address: Hva, bytes: number, advice: number): number =>
   cMadvise(address, bytes, advice) < 0 ? -koffi.errno() : 0;
 
-/** An anonymous file in memory; the name shows in /proc/PID/maps. Throws. */
-export function memfdCreate(name: string): number {
-  const fd = cMemfdCreate(name, MFD_CLOEXEC);
+/** An anonymous file in memory, `flags` MFD_* beside CLOEXEC; the name shows in /proc/PID/maps. Throws. */
+export function memfdCreate(name: string, flags = 0): number {
+  const fd = cMemfdCreate(name, MFD_CLOEXEC | flags);
   return fd < 0 ? check("memfd_create", -koffi.errno()) : fd;
 }
 
