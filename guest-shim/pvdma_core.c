@@ -408,6 +408,8 @@ u32 pvdma_unmap_list(const struct pvdma_host *host,
 			break;
 		}
 		count = drop_entries(entries, count, done);
+		if (done)	/* the patience is for each of them */
+			tries = PVDMA_UNMAP_TRIES;
 		if (class_of(status) == PVDMA_STATUS_RETRY && --tries) {
 			counters->retries++;
 			pvdma_transport_relax();

@@ -108,7 +108,7 @@ struct pvdma_counters {
 	u64 unmap_lists;	/* unmap_list calls that did all they were given */
 	u64 pages_mapped;
 	u64 pages_unmapped;
-	u64 retries;		/* calls repeated because the host said retry */
+	u64 retries;		/* calls repeated: the host said retry, or there was room made */
 	u64 errors[PVDMA_STATUS_GONE + 1];	/* operations given up, by class */
 	u64 pages_released;	/* undone without an unmap: with their device, by release */
 	s64 outstanding;	/* mappings made and not undone */

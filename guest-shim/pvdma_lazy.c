@@ -64,11 +64,12 @@ static void forget(struct pvdma_lazy *lazy, u16 at)
 	lazy->free = at;
 }
 
-static u16 find(const struct pvdma_lazy *lazy, u64 iova, u64 mask)
+/* No two mappings have a page of bus addresses in common. */
+static u16 find(const struct pvdma_lazy *lazy, u64 iova)
 {
 	u16 at = lazy->by_iova[bucket(iova)];
 
-	while (at && (lazy->records[at].iova ^ iova) & mask)
+	while (at && (lazy->records[at].iova ^ iova) >> PVDMA_PAGE_SHIFT)
 		at = lazy->records[at].iova_next;
 	return at;
 }
@@ -76,7 +77,7 @@ static u16 find(const struct pvdma_lazy *lazy, u64 iova, u64 mask)
 void pvdma_lazy_made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64 iova)
 {
 	/* an iova is one mapping's until the host has unmapped it: so the host has */
-	u16 gone = find(lazy, iova, ~(PVDMA_PAGE_BYTES - 1));
+	u16 gone = find(lazy, iova);
 	u16 *head = &lazy->by_iova[bucket(iova)];
 	struct pvdma_record *record;
 	u16 at;
@@ -120,7 +121,7 @@ bool pvdma_lazy_reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags,
 
 enum pvdma_idled pvdma_lazy_idle(struct pvdma_lazy *lazy, u64 iova, u64 bytes, u64 now)
 {
-	u16 at = find(lazy, iova, ~0ull);
+	u16 at = find(lazy, iova);
 	struct pvdma_record *record = &lazy->records[at];
 	u16 *head;
 
@@ -128,7 +129,7 @@ enum pvdma_idled pvdma_lazy_idle(struct pvdma_lazy *lazy, u64 iova, u64 bytes, u
 		return PVDMA_NOT_KNOWN;
 	if (record->idle)
 		return PVDMA_IDLE_ALREADY;
-	if (record->bytes != bytes)
+	if (pvdma_pages(record->iova, record->bytes) != pvdma_pages(iova, bytes))
 		return PVDMA_NOT_KNOWN;
 
 	if (record->gpa != PVDMA_LAZY_LIST) {

@@ -10,7 +10,7 @@
 
 #include "pvdma_core.h"
 
-/* Mappings of a device that are remembered; those beyond are unmapped at once. */
+/* Mappings of a device that are remembered, and one; those beyond are unmapped at once. */
 #define PVDMA_LAZY_RECORDS	4096u
 #define PVDMA_LAZY_BUCKETS	4096u
 
@@ -42,7 +42,7 @@ struct pvdma_lazy {
 /* What became of a mapping that its driver no longer needs. */
 enum pvdma_idled {
 	PVDMA_IDLE,		/* it is idle: nothing more to do now */
-	PVDMA_NOT_KNOWN,	/* not remembered as it is given: the host has to unmap it */
+	PVDMA_NOT_KNOWN,	/* not remembered, or not these pages: the host has to say */
 	PVDMA_IDLE_ALREADY,	/* unmapped twice */
 };
 
@@ -67,7 +67,11 @@ void pvdma_lazy_made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64
 bool pvdma_lazy_reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags,
 		      u64 iova_max, u64 *iova);
 
-/** pvdma_lazy_idle() - the driver unmaps; @iova and @bytes as the mapping was made */
+/**
+ * pvdma_lazy_idle() - the driver unmaps
+ *
+ * @iova and @bytes as the mapping was made, to the page: so the host has it.
+ */
 enum pvdma_idled pvdma_lazy_idle(struct pvdma_lazy *lazy, u64 iova, u64 bytes, u64 now);
 
 /**

@@ -96,6 +96,14 @@ static u32 pvdma_release_all(struct pvdma_device *p, struct pvdma_released *rele
 	return status;
 }
 
+/* Nothing is mapped: nothing is remembered, what a driver has leaked neither. */
+static void pvdma_lazy_anew(struct pvdma_device *p)
+{
+	raw_spin_lock_irq(&p->lazy_lock);
+	pvdma_lazy_start(p->lazy);
+	raw_spin_unlock_irq(&p->lazy_lock);
+}
+
 /*
  * Takes back at the host all that is mapped for a device without a driver: what its
  * last one left, what the host could not unmap, what a kernel before this one had.
@@ -130,6 +138,8 @@ static void pvdma_reclaim(struct pvdma_device *p)
 			 released.mappings, released.bytes);
 	pvdma_nothing_outstanding(p);
 	p->stale = 0;
+	if (p->lazy)
+		pvdma_lazy_anew(p);
 	xa_lock_irq(&p->memory);
 	p->era++;
 	xa_unlock_irq(&p->memory);
@@ -184,6 +194,7 @@ static void pvdma_uninstall(struct pvdma_device *p)
 		return;
 	}
 	set_dma_ops(dev, p->lower);
+	WRITE_ONCE(p->lazy, NULL);
 	p->installed = false;
 	put_device(dev);
 	module_put(THIS_MODULE);
@@ -290,11 +301,9 @@ static void pvdma_install(struct pvdma_device *p)
 		return;
 	if (p->unclean)
 		pvdma_reclaim(p);
-	p->lazy = p->policy == PVDMA_POLICY_LAZY && !p->lower ? p->lazy_memory : NULL;
-	if (p->lazy) {
-		raw_spin_lock_irq(&p->lazy_lock);
-		pvdma_lazy_start(p->lazy);
-		raw_spin_unlock_irq(&p->lazy_lock);
+	if (p->policy == PVDMA_POLICY_LAZY && !p->lower) {
+		p->lazy = p->lazy_memory;
+		pvdma_lazy_anew(p);
 	}
 	get_device(dev);
 	set_dma_ops(dev, &p->ops);
@@ -377,8 +386,6 @@ static struct pvdma_device *pvdma_new(struct device *dev,
 			return NULL;
 	}
 	p->lower = NULL;
-	p->lazy = NULL;
-	p->lazy_due = false;
 	p->handle = answer->handle;
 	p->policy = answer->policy;
 	p->identity = answer->identity;
@@ -399,8 +406,6 @@ static struct pvdma_device *pvdma_new(struct device *dev,
 	xa_init_flags(&p->below, XA_FLAGS_LOCK_IRQ);
 	xa_init_flags(&p->memory, XA_FLAGS_LOCK_IRQ);
 	INIT_WORK(&p->settle, pvdma_settle);
-	raw_spin_lock_init(&p->lazy_lock);
-	INIT_DELAYED_WORK(&p->lazy_flush, pvdma_flush_late);
 	WRITE_ONCE(p->dev, dev);
 	pvdma_stats_add(p);
 	return p;
@@ -677,8 +682,12 @@ static int __init pvdma_get_call_pages(void)
 
 static int __init pvdma_init(void)
 {
-	int err;
+	int err, i;
 
+	for (i = 0; i < PVDMA_DEVICES_MAX; i++) {
+		raw_spin_lock_init(&pvdma_devices[i].lazy_lock);
+		INIT_DELAYED_WORK(&pvdma_devices[i].lazy_flush, pvdma_flush_late);
+	}
 	err = pvdma_check_host();
 	if (err)
 		return err;

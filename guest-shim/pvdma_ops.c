@@ -2,8 +2,9 @@
 /*
  * The DMA operations of a device that had none of its own: physical address in,
  * the host's bus address out. Called from any context, interrupts included, so
- * nothing here sleeps or takes a lock; a CPU's call page and counters are its own
- * while its interrupts are off. Address conventions: pvdma.h.
+ * no operation sleeps, and the only lock is that of policy lazy's books, under which
+ * nobody is called; a CPU's call page and counters are its own while its interrupts
+ * are off. Address conventions: pvdma.h.
  */
 #include <linux/gfp.h>
 #include <linux/memremap.h>
@@ -125,6 +126,24 @@ static void pvdma_tell_unmap(struct pvdma_device *p, u64 bytes, u64 iova,
 			     PVDMA_STATUS_ERRNO(status), pvdma_advice(status));
 }
 
+static bool pvdma_flush_all(void);
+
+/*
+ * After a map: is it worth another call, once? What is idle may be what is in its way,
+ * at any device, since limits may be of a domain or of the VM. Then the first was no
+ * operation given up, but a call that is repeated.
+ */
+static bool pvdma_worth_another(struct pvdma_device *p, u32 status, bool *again)
+{
+	if (likely(PVDMA_STATUS_CLASS(status) != PVDMA_STATUS_LIMIT) || *again ||
+	    !pvdma_flush_all())
+		return false;
+	*again = true;
+	this_cpu_dec(p->counters->errors[PVDMA_STATUS_LIMIT]);
+	this_cpu_inc(p->counters->retries);
+	return true;
+}
+
 /* Entries that a list call may have. */
 static u32 pvdma_most_entries(void)
 {
@@ -168,13 +187,16 @@ static noinline u32 pvdma_call_counted(struct pvdma_device *p, u64 below, u64 by
 {
 	struct pvdma_entry entry = { .address = below, .bytes = bytes };
 	struct pvdma_list list = { .entries = &entry, .count = 1 };
+	bool again = false;
 	unsigned long irq;
 	u32 status;
 
-	local_irq_save(irq);
-	status = pvdma_map_counted(&pvdma_host, this_cpu_ptr(p->counters), p->handle,
-				   &list, 0, iova_max, flags);
-	local_irq_restore(irq);
+	do {
+		local_irq_save(irq);
+		status = pvdma_map_counted(&pvdma_host, this_cpu_ptr(p->counters), p->handle,
+					   &list, 0, iova_max, flags);
+		local_irq_restore(irq);
+	} while (pvdma_worth_another(p, status, &again));
 	if (unlikely(PVDMA_STATUS_CLASS(status))) {
 		pvdma_table_uncount(&p->table, below, bytes);
 		pvdma_tell_map(p, bytes, below, iova_max, status, attrs);
@@ -240,19 +262,23 @@ static void pvdma_flush(struct pvdma_device *p, struct pvdma_entry *page, u32 co
 }
 
 /*
- * Policy lazy. What a driver has unmapped is idle until a call takes as many of them
- * as it can carry, or for so long. It counts as mapped, which it is.
+ * Policy lazy. What a driver has unmapped is idle until there are many, or for so
+ * long. It counts as mapped, which it is.
  */
 static unsigned int pvdma_lazy_ms = 10;
 module_param_named(lazy_ms, pvdma_lazy_ms, uint, 0644);
-MODULE_PARM_DESC(lazy_ms, "policy lazy: milliseconds that what was unmapped stays mapped at the host, at least; at most twice as long (default 10)");
+MODULE_PARM_DESC(lazy_ms, "policy lazy: after so many milliseconds what was unmapped goes to the host, at the latest after about twice as many; 1 to 1000 (default 10)");
 
 static unsigned long pvdma_lazy_period(void)
 {
 	return msecs_to_jiffies(clamp(READ_ONCE(pvdma_lazy_ms), 1u, 1000u));
 }
 
-/* Unmaps what has been idle for longest and since @until at the latest; how many. */
+/*
+ * Unmaps what has been idle for longest and since @until at the latest; how many. With
+ * interrupts off from the moment at which nobody else knows of it until it is unmapped:
+ * pvdma_flush_last() waits for that.
+ */
 static u32 pvdma_flush_some(struct pvdma_device *p, struct pvdma_lazy *lazy, u32 most,
 			    u64 until)
 {
@@ -271,16 +297,17 @@ static u32 pvdma_flush_some(struct pvdma_device *p, struct pvdma_lazy *lazy, u32
 	return count;
 }
 
-/* Unmaps all that is idle, of all devices: limits may be of their domain, or of the VM. */
+/* Unmaps all that is idle, of all devices. */
 static bool pvdma_flush_all(void)
 {
 	struct pvdma_device *p;
+	u64 now = get_jiffies_64();	/* what others add meanwhile is not waited for */
 	bool any = false;
 
 	for (p = pvdma_devices; p < pvdma_devices + PVDMA_DEVICES_MAX; p++) {
 		struct pvdma_lazy *lazy = READ_ONCE(p->lazy);
 
-		while (lazy && pvdma_flush_some(p, lazy, U32_MAX, get_jiffies_64()))
+		while (lazy && pvdma_flush_some(p, lazy, U32_MAX, now))
 			any = true;
 	}
 	return any;
@@ -303,7 +330,10 @@ void pvdma_flush_late(struct work_struct *work)
 		schedule_delayed_work(&p->lazy_flush, period);
 }
 
-/* The driver has gone, and nobody maps or unmaps any more: nothing stays idle. */
+/*
+ * The driver has gone, and for it nobody maps or unmaps any more: nothing stays idle,
+ * nor in the hands of another CPU that flushes because of another device's limit.
+ */
 void pvdma_flush_last(struct pvdma_device *p)
 {
 	if (!p->lazy)
@@ -311,21 +341,8 @@ void pvdma_flush_last(struct pvdma_device *p)
 	cancel_delayed_work_sync(&p->lazy_flush);
 	p->lazy_due = false;
 	while (pvdma_flush_some(p, p->lazy, U32_MAX, get_jiffies_64()))
-		;
-}
-
-/*
- * A map met a limit. What is idle may be what is in its way: is it worth another
- * call? Then this one was no operation given up, but a call that is repeated.
- */
-static noinline bool pvdma_made_room(struct pvdma_device *p, u32 status)
-{
-	if (PVDMA_STATUS_CLASS(status) != PVDMA_STATUS_LIMIT || !p->lazy ||
-	    !pvdma_flush_all())
-		return false;
-	this_cpu_dec(p->counters->errors[PVDMA_STATUS_LIMIT]);
-	this_cpu_inc(p->counters->retries);
-	return true;
+		cond_resched();
+	synchronize_rcu();
 }
 
 static bool pvdma_reuse(struct pvdma_device *p, u64 phys, u64 bytes, u64 iova_max,
@@ -383,6 +400,7 @@ static bool pvdma_let_idle(struct pvdma_device *p, u64 iova, u64 bytes)
 u32 pvdma_make(struct pvdma_device *p, u64 below, u64 bytes, u64 iova_max,
 	       u32 flags, unsigned long attrs, u64 *iova)
 {
+	bool again = false;
 	unsigned long irq;
 	u32 status;
 
@@ -395,7 +413,7 @@ u32 pvdma_make(struct pvdma_device *p, u64 below, u64 bytes, u64 iova_max,
 		status = pvdma_map(&pvdma_host, this_cpu_ptr(p->counters), p->handle,
 				   below, bytes, iova_max, flags, iova);
 		local_irq_restore(irq);
-	} while (unlikely(PVDMA_STATUS_CLASS(status)) && pvdma_made_room(p, status));
+	} while (pvdma_worth_another(p, status, &again));
 	if (unlikely(PVDMA_STATUS_CLASS(status)))
 		pvdma_tell_map(p, bytes, below, iova_max, status, attrs);
 	return status;
@@ -430,7 +448,8 @@ static dma_addr_t pvdma_map_phys(struct device *dev, phys_addr_t phys,
 		return DMA_MAPPING_ERROR;
 	iova_max = pvdma_streaming_max(p, dev);
 	flags = pvdma_streaming_flags(p, dev, dir);
-	if (p->lazy && pvdma_reuse(p, phys, size, iova_max, flags, &iova))
+	/* a device that is gone has nothing mapped, whatever the books say */
+	if (p->lazy && !READ_ONCE(p->lost) && pvdma_reuse(p, phys, size, iova_max, flags, &iova))
 		return iova;
 	if (PVDMA_STATUS_CLASS(pvdma_make(p, phys, size, iova_max, flags, attrs, &iova)))
 		return DMA_MAPPING_ERROR;
@@ -491,6 +510,7 @@ static int pvdma_map_range(struct pvdma_device *p, struct device *dev,
 	struct scatterlist *first = *sg;
 	u64 below = sg_phys(first);
 	struct pvdma_list list;
+	bool again = false;
 	unsigned long irq;
 	u32 status = PVDMA_STATUS_OK;
 	int n;
@@ -505,7 +525,7 @@ static int pvdma_map_range(struct pvdma_device *p, struct device *dev,
 						p->handle, &list, __pa(list.entries),
 						iova_max, flags, base);
 		local_irq_restore(irq);
-	} while (unlikely(PVDMA_STATUS_CLASS(status)) && pvdma_made_room(p, status));
+	} while (pvdma_worth_another(p, status, &again));
 
 	if (unlikely(!list.count))
 		return -EINVAL;
@@ -625,22 +645,31 @@ static noinline u32 pvdma_call_counted_list(struct pvdma_device *p,
 					    u32 flags, unsigned long attrs)
 {
 	while (nents > 0) {
+		struct scatterlist *first = sg;
 		u64 below = sg_phys(sg);
 		struct pvdma_list list;
+		bool again = false;
 		unsigned long irq;
 		u32 status = PVDMA_STATUS_OK;
+		int n;
 
-		local_irq_save(irq);
-		/* no address to be found for the whole, so no boundary */
-		pvdma_list_start(&list, this_cpu_read(pvdma_call_page),
-				 pvdma_most_entries(), pvdma_host.map_pages,
-				 U64_MAX);
-		nents -= pvdma_fill(&list, &sg, nents);
-		if (likely(list.count))
-			status = pvdma_map_counted(&pvdma_host, this_cpu_ptr(p->counters),
-						   p->handle, &list, __pa(list.entries),
-						   iova_max, flags);
-		local_irq_restore(irq);
+		do {
+			sg = first;
+			local_irq_save(irq);
+			/* no address to be found for the whole, so no boundary */
+			pvdma_list_start(&list, this_cpu_read(pvdma_call_page),
+					 pvdma_most_entries(), pvdma_host.map_pages,
+					 U64_MAX);
+			n = pvdma_fill(&list, &sg, nents);
+			if (likely(list.count))
+				status = pvdma_map_counted(&pvdma_host,
+							   this_cpu_ptr(p->counters),
+							   p->handle, &list,
+							   __pa(list.entries),
+							   iova_max, flags);
+			local_irq_restore(irq);
+		} while (pvdma_worth_another(p, status, &again));
+		nents -= n;
 		if (unlikely(PVDMA_STATUS_CLASS(status))) {
 			pvdma_tell_map(p, list.bytes, below, iova_max, status, attrs);
 			return status;

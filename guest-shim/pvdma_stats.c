@@ -122,8 +122,9 @@ DEFINE_SHOW_ATTRIBUTE(pvdma_bytes);
 static int pvdma_idle_show(struct seq_file *file, void *unused)
 {
 	const struct pvdma_device *p = file->private;
+	const struct pvdma_lazy *lazy = READ_ONCE(p->lazy);
 
-	seq_printf(file, "%u\n", p->lazy ? READ_ONCE(p->lazy->idle) : 0);
+	seq_printf(file, "%u\n", lazy ? READ_ONCE(lazy->idle) : 0);
 	return 0;
 }
 DEFINE_SHOW_ATTRIBUTE(pvdma_idle);

@@ -137,7 +137,7 @@ ${modelsHelp()}
                        most guest memory that may be pinned for DMA at a time, for the whole VM or for one assigned
                        device; repeatable. A multiple of 4K; a plain number is bytes. A map that does not fit is
                        refused, and the guest's driver is told so: it waits until others are unmapped. (Policy cached
-                       gives back first what nobody uses.)
+                       gives back first what nobody uses, and policy lazy what is idle.)
   --dma-granule SIZE   what policy cached maps at a time, 4K to 2M, a power of two (default ${DEFAULT_GRANULE}, 2M with --hugepages): larger ones take
                        fewer calls and fewer mappings of the IOMMU, and pin more memory than is used
   --dma-idle SECONDS   policy cached gives back what nobody has used for SECONDS, at the latest after twice that time;
@@ -168,7 +168,9 @@ Failures on demand, for testing how drivers take them:
                          burst=N      the calls that follow share its fate, N in all (default 1)
                          errno=E      it fails as if the host had said ENOSPC (default), ENOMEM or EAGAIN
                          delay=MS     it is done, but takes MS milliseconds longer; up to 10000
-                       Under policy cached unmaps make no call, and maps make one each while there is a rule for map.
+                       Only calls that are made can fail: use dma=strict. Under policy cached unmaps make none, and
+                       maps make one each while there is a rule for map; under lazy a map that finds its buffer idle
+                       makes none, and one that meets a limit is made again if anything is idle (burst=2 strikes both)
                        What is injected is counted apart from real failures: see "injected" in the figures.
 
 Figures, and a running guest:

@@ -6,7 +6,9 @@ import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
+import type { PolicyName } from "../../hypercalls/abi.js";
 import { buildTestGuest } from "../guest/build.js";
+import { SOAK } from "../soak.js";
 import { scratchDir } from "./cache.js";
 import { buildGuestImage } from "./guest.js";
 import { bindDriver, bindVfio, must } from "./host.js";
@@ -94,7 +96,7 @@ lab("accesses that the IOMMU refuses are counted, told once per burst, and end n
   assert.is(stats.get(`devices/${edu}/dma/faults`), during + 1);
 });
 
-async function takesBack(policy: "strict" | "cached"): Promise<void> {
+async function takesBack(policy: PolicyName): Promise<void> {
   const [dying, neighbour] = pair;
   const image = await buildGuestImage({
     script: `${PRELUDE}
@@ -157,7 +159,7 @@ say bad $(dmesg | grep -cE 'BUG|WARNING|Oops|left behind')
   await bindVfio(host, dying);
 }
 
-for (const policy of ["strict", "cached"] as const) {
+for (const policy of SOAK ? (["strict", "lazy", "cached"] as const) : (["strict", "cached"] as const)) {
   lab(
     `a device that the host takes back in the middle of I/O is pulled out; the others work on (${policy})`,
     () => takesBack(policy),
