@@ -175,6 +175,10 @@ export class L1 implements Host {
       });
     });
     this.#receive();
+    // Now and then QEMU 7.2 loses the timer interrupt of an idle processor that it emulates: L1 sleeps ("soft lockup" in
+    // swapper, once something else has woken it), and the guest in it looks hung. Anything from outside wakes it.
+    const waking = setInterval(() => this.#port.write("\n"), WAKE_MS);
+    void this.#gone.then(() => clearInterval(waking));
   }
 
   run(command: string, options?: RunOptions): Promise<RunResult> {
@@ -337,6 +341,9 @@ class L1Process extends TrackedProcess {
     void this.exited.catch(() => {}).then(() => clearTimeout(timer));
   }
 }
+
+/** How often the agent is sent an empty line. */
+const WAKE_MS = 1000;
 
 const firstPort = 0x10;
 
