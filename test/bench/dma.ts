@@ -93,6 +93,7 @@ try {
   const contenders: Contender[] = [
     ours("pinned"),
     ours("cached"),
+    ours("lazy"),
     ours("strict"),
     qemu("pinned", [], "", []),
     qemu("virtio-iommu lazy", virtio, "iommu.strict=0", virtioModules),

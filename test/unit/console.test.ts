@@ -6,13 +6,12 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { Console } from "../../vmm/devices/console.js";
-import { newSerialState, Serial } from "../../vmm/devices/serial.js";
+import { newSerialState, Serial, TX_BYTES } from "../../vmm/devices/serial.js";
 
 const THR = 0;
 const LSR = 5;
 const DATA_READY = 1;
-/** What the UART holds for the terminal, and for the guest. */
-const TX_BYTES = 1 << 16;
+/** What the UART holds for the guest. */
 const RX_BYTES = 1 << 12;
 const CTRL_A = "\x01";
 

@@ -4,7 +4,7 @@
 import { Mutex } from "../../hypercalls/lock.js";
 
 /** Bytes the guest may be ahead of the terminal before its writes wait, and typed bytes that are kept for it. */
-const TX_BYTES = 1 << 14;
+export const TX_BYTES = 1 << 14;
 const RX_BYTES = 1 << 12;
 
 // Words of the shared state.
