@@ -138,8 +138,9 @@ ${modelsHelp()}
                        device; repeatable. A multiple of 4K; a plain number is bytes. A map that does not fit is
                        refused, and the guest's driver is told so: it waits until others are unmapped. (Policy cached
                        gives back first what nobody uses, and policy lazy what is idle.)
-  --dma-granule SIZE   what policy cached maps at a time, 4K to 2M, a power of two (default ${DEFAULT_GRANULE}, 2M with --hugepages): larger ones take
-                       fewer calls and fewer mappings of the IOMMU, and pin more memory than is used
+  --dma-granule SIZE   what policy cached maps at a time, 4K to 2M, a power of two (default ${DEFAULT_GRANULE}, 2M with
+                       --hugepages): larger ones take fewer calls and fewer mappings of the IOMMU, and pin more memory
+                       than is used
   --dma-idle SECONDS   policy cached gives back what nobody has used for SECONDS, at the latest after twice that time;
                        0 to 86400, 0: only when there is need (default ${DEFAULT_IDLE})
   --emul-iommu KEY=VALUE[,KEY=VALUE…]
