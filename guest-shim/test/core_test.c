@@ -1003,6 +1003,7 @@ static void idle_mappings_are_used_again(void)
 
 static void unmaps_that_are_wrong_are_seen(void)
 {
+	struct pvdma_entry out[1];
 	u64 iova;
 
 	pvdma_lazy_start(&lazy);
@@ -1021,6 +1022,10 @@ static void unmaps_that_are_wrong_are_seen(void)
 	EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 4097, 0), PVDMA_NOT_KNOWN);
 	/* the same page, which is what the host goes by */
 	EQUAL(pvdma_lazy_idle(&lazy, 0x70020, 40, 0), PVDMA_IDLE);
+	EQUAL(pvdma_lazy_take(&lazy, out, 1, 0), 1);
+	EQUAL(out[0].address, 0x70010);
+	/* and what was there before does not come back */
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 4096, 0), PVDMA_NOT_KNOWN);
 }
 
 static void lists_idle_but_are_not_used_again(void)
