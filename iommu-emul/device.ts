@@ -50,8 +50,11 @@ export const DMA_FAULT = {
 } as const;
 export type DmaFault = (typeof DMA_FAULT)[keyof typeof DMA_FAULT];
 
+/** What writeInPlace returns when it did nothing. */
+export const REFUSED = -(2 ** 31);
+
 /**
- * A device's way to guest memory. Both functions go page by page in ascending order, and end at the first page that is
+ * A device's way to guest memory. read and write go page by page in ascending order, and end at the first page that is
  * refused, which is recorded: what lies before it was done, what lies after it was not touched. `bytes` may be 0. When
  * an unmap has returned, no access that began before it is still under way, and none sees what was mapped.
  */
@@ -60,6 +63,19 @@ export interface DmaPort {
   read(iova: number, into: Buffer, at: number, bytes: number): DmaFault;
   /** Copies `bytes` bytes of `from`, from its offset `at` on, to memory at `iova`. */
   write(iova: number, from: Buffer, at: number, bytes: number): DmaFault;
+  /**
+   * Has a system call put the device's data where it belongs, without a copy of it: calls `move` once, with the address
+   * of `count` (1 to 1024) struct iovec over the memory of all segments in their order, and returns what it returned.
+   * Meanwhile unmaps wait, so it must not. `move` may fill any part of the memory. REFUSED, and nothing done or recorded,
+   * when it cannot be had in place or some of it not at all: write() then does what can be done, and records why.
+   * `lengths` are more than 0.
+   */
+  writeInPlace(
+    iovas: Float64Array,
+    lengths: Int32Array,
+    segments: number,
+    move: (vectors: number, count: number) => number,
+  ): number;
 }
 
 /**
@@ -67,10 +83,12 @@ export interface DmaPort {
  * each. Numbers returned are bytes, or -errno.
  */
 export interface FileNatives {
-  /** Where a buffer's bytes are in this process; for the two below. Missing: neither is used. */
-  readonly addressOf?: (buffer: Buffer) => number;
+  /** Where a buffer's bytes are in this process; for the three below. Missing: none is used. */
+  readonly addressOf?: (buffer: ArrayBufferView) => number;
   /** preadv2 with RWF_NOWAIT of one piece: what is cached, -EAGAIN when nothing is. Missing: reads wait for the disk. */
   readonly readCached?: (fd: number, address: number, bytes: number, offset: number) => number;
+  /** The same into `count` struct iovec. Missing: one more copy. */
+  readonly readCachedInto?: (fd: number, vectors: number, count: number, offset: number) => number;
   /** pwrite. Missing: Node's, which costs some microseconds more. */
   readonly write?: (fd: number, address: number, bytes: number, offset: number) => number;
   /** fallocate, PUNCH_HOLE and KEEP_SIZE; throws. Missing: deallocating does nothing, zeroes are written. */

@@ -3,7 +3,7 @@
 
 import { MAP_FLAG } from "../hypercalls/abi.js";
 import { type Hva, PAGE_BYTES } from "../hypercalls/addresses.js";
-import { DMA_FAULT, type DmaFault, type DmaPort } from "./device.js";
+import { DMA_FAULT, type DmaFault, type DmaPort, type FileNatives, REFUSED } from "./device.js";
 import { FaultWriter } from "./faults.js";
 import { Iotlb } from "./iotlb.js";
 import { OwnLane } from "./lanes.js";
@@ -12,6 +12,10 @@ import { FLAG, HEADER, IOVA_END, Shared, WINDOW_BYTES, windowsOf } from "./share
 
 /** Up to here a copy is quicker done here than asked for. */
 const SMALL_BYTES = 64;
+/** Pieces that one system call takes: UIO_MAXIOV. */
+const VECTORS_MAX = 1024;
+/** struct iovec in 32-bit words: address and bytes, 64 bits each. */
+const VECTOR_WORDS = 4;
 
 /**
  * The device's port. Permissions are taken at their word: reading needs a mapping for reading, writing one for writing.
@@ -32,14 +36,28 @@ export class SoftDmaPort implements DmaPort {
   readonly #windows: Buffer[];
   /** The same memory in words. */
   readonly #words: Int32Array[];
+  /** Where the windows are, for system calls. */
+  readonly #hvas: Float64Array;
+  /** struct iovec[], in an ArrayBuffer of its own, which does not move; 0: there is no address to give away. */
+  readonly #vectors = new Uint32Array(new ArrayBuffer(VECTORS_MAX * VECTOR_WORDS * 4));
+  readonly #vectorsAddress: number;
+  #vectorCount = 0;
+  /** Where the last of them ends. */
+  #vectorEnd = 0;
   /** Of the access under way that was refused: its first byte that was. */
   #refusedAt = 0;
 
   /**
    * `memory` is what SoftIommu.create() made, `lane` the device's. `window` gives a Buffer over up to 1 GiB of this
    * process's memory (vmm/native: memoryWindow); it is asked now, once for each GiB. One port per lane at a time.
+   * Without `addressOf` nothing is moved in place.
    */
-  constructor(memory: SharedArrayBuffer, lane: number, window: (hva: Hva, bytes: number) => Buffer) {
+  constructor(
+    memory: SharedArrayBuffer,
+    lane: number,
+    window: (hva: Hva, bytes: number) => Buffer,
+    addressOf?: FileNatives["addressOf"],
+  ) {
     const shared = new Shared(memory);
     if (!(lane >= 0 && lane < shared.header[HEADER.lanes]!)) {
       throw new RangeError(`software IOMMU: no lane ${lane}`);
@@ -48,7 +66,10 @@ export class SoftDmaPort implements DmaPort {
     this.#lane = new OwnLane(shared, lane);
     this.#table = new PageTable(shared);
     this.#faults = new FaultWriter(shared, lane);
-    this.#windows = windowsOf(shared).map(({ hva, bytes }) => window(hva, bytes));
+    const windows = windowsOf(shared);
+    this.#windows = windows.map(({ hva, bytes }) => window(hva, bytes));
+    this.#hvas = Float64Array.from(windows, ({ hva }) => hva);
+    this.#vectorsAddress = addressOf?.(this.#vectors) ?? 0;
     this.#words = this.#windows.map(
       (bytes) => new Int32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4),
     );
@@ -60,6 +81,32 @@ export class SoftDmaPort implements DmaPort {
 
   write(iova: number, from: Buffer, at: number, bytes: number): DmaFault {
     return this.#access(iova, from, at, bytes, MAP_FLAG.write);
+  }
+
+  writeInPlace(
+    iovas: Float64Array,
+    lengths: Int32Array,
+    segments: number,
+    move: (vectors: number, count: number) => number,
+  ): number {
+    if (this.#vectorsAddress === 0) return REFUSED;
+    const lane = this.#lane;
+    lane.enter();
+    try {
+      const flags = lane.takeFlags();
+      if ((flags & FLAG.flush) !== 0) this.tlb.flush();
+      if ((flags & FLAG.busMaster) === 0) return REFUSED;
+      this.tlb.catchUp();
+      this.#vectorCount = 0;
+      this.#vectorEnd = 0;
+      for (let i = 0; i < segments; i++) {
+        const fault = this.#pieces(iovas[i]!, undefined, 0, lengths[i]!, MAP_FLAG.write);
+        if (fault !== DMA_FAULT.none || this.#vectorCount > VECTORS_MAX) return REFUSED;
+      }
+      return move(this.#vectorsAddress, this.#vectorCount);
+    } finally {
+      lane.leave();
+    }
   }
 
   #access(iova: number, buffer: Buffer, at: number, bytes: number, access: number): DmaFault {
@@ -88,8 +135,8 @@ export class SoftDmaPort implements DmaPort {
     return fault;
   }
 
-  /** Translates, and copies what is contiguous in memory as one piece. */
-  #pieces(iova: number, buffer: Buffer, at: number, bytes: number, access: number): DmaFault {
+  /** Translates; copies what is contiguous in memory as one piece, or without a buffer notes where it is. */
+  #pieces(iova: number, buffer: Buffer | undefined, at: number, bytes: number, access: number): DmaFault {
     const { tlb } = this;
     let fault: DmaFault = DMA_FAULT.none;
     let pieceAt = 0;
@@ -132,15 +179,30 @@ export class SoftDmaPort implements DmaPort {
   }
 
   /** One piece, in one window. */
-  #copy(memoryAt: number, buffer: Buffer, at: number, bytes: number, access: number): void {
+  #copy(memoryAt: number, buffer: Buffer | undefined, at: number, bytes: number, access: number): void {
     const index = Math.floor(memoryAt / WINDOW_BYTES);
     const offset = memoryAt - index * WINDOW_BYTES;
-    if (bytes > SMALL_BYTES) {
+    if (buffer === undefined) this.#addVector(this.#hvas[index]! + offset, bytes);
+    else if (bytes > SMALL_BYTES) {
       const window = this.#windows[index]!;
       if (access === MAP_FLAG.write) buffer.copy(window, offset, at, at + bytes);
       else window.copy(buffer, at, offset, offset + bytes);
     } else if (((offset | bytes) & 3) === 0) this.#copyWords(index, offset >> 2, buffer, at, bytes, access);
     else this.#copyBytes(this.#windows[index]!, offset, buffer, at, bytes, access);
+  }
+
+  /** Too many are counted, and not noted. */
+  #addVector(address: number, bytes: number): void {
+    if (bytes === 0) return;
+    const vectors = this.#vectors;
+    if (address === this.#vectorEnd) vectors[this.#vectorCount * VECTOR_WORDS - 2]! += bytes;
+    else if (++this.#vectorCount <= VECTORS_MAX) {
+      const at = (this.#vectorCount - 1) * VECTOR_WORDS;
+      vectors[at] = address % 2 ** 32;
+      vectors[at + 1] = address / 2 ** 32;
+      vectors[at + 2] = bytes;
+    }
+    this.#vectorEnd = address + bytes;
   }
 
   #copyWords(index: number, first: number, buffer: Buffer, at: number, bytes: number, access: number): void {

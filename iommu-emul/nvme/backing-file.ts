@@ -101,6 +101,16 @@ export class BackingFile {
     }
   }
 
+  /** readNow() into memory that struct iovec[] at `vectors` name, `bytes` in all. 0 or WOULD_WAIT: then any of it is filled. */
+  readNowInto(vectors: number, count: number, bytes: number, offset: number): number {
+    return this.#natives.readCachedInto!(this.#fd, vectors, count, offset) === bytes ? 0 : WOULD_WAIT;
+  }
+
+  /** Whether readNowInto() may be asked. */
+  get canReadInto(): boolean {
+    return this.#canReadCached && this.#natives.readCachedInto !== undefined;
+  }
+
   /** Reads to the buffer's start. Does not reject. */
   async readLater(into: DataBuffer, bytes: number, offset: number): Promise<number> {
     try {

@@ -22,6 +22,8 @@ export class IoCommands {
   readonly #blocks: number;
   /** The guest's side of a comparison. One for all: it is used up at once. */
   #compared: Buffer | undefined;
+  /** Of the call of #readInto that is under way. */
+  #reading: Command | undefined;
 
   constructor(core: ControllerCore) {
     this.#core = core;
@@ -77,22 +79,38 @@ export class IoCommands {
     const core = this.#core;
     const status = core.transfer.resolve(command, command.bytes);
     if (status !== STATUS.ok) return status;
+    if (core.disk.canReadInto && this.#readInPlace(command)) return this.#wasRead(command);
     const errno = core.disk.readNow(command.data, command.bytes, command.fileOffset);
     if (errno !== WOULD_WAIT) return this.#afterRead(command, errno);
     const operation = core.disk.readLater(command.data, command.bytes, command.fileOffset);
     return core.later(command, operation, this.#afterRead);
   }
 
-  readonly #afterRead = (command: Command, errno: number): number => {
-    const core = this.#core;
-    if (errno !== 0) return this.#mediaError(STATUS.readError);
-    core.health.readCommands++;
-    core.health.bytesRead += command.bytes;
-    const status = core.transfer.toGuest(command, command.data.bytes);
-    // With FUA what is returned is what is stored.
-    if (status === STATUS.ok && (command.words[12]! & FUA) !== 0) return this.#store(command);
-    return status;
+  /** From the page cache to the guest in one copy. False: it is to be read the other way, whatever came of this one. */
+  #readInPlace(command: Command): boolean {
+    this.#reading = command;
+    const { segmentIova, segmentBytes, segments } = command;
+    return this.#core.dma.writeInPlace(segmentIova, segmentBytes, segments, this.#readInto) === 0;
+  }
+
+  readonly #readInto = (vectors: number, count: number): number => {
+    const { bytes, fileOffset } = this.#reading!;
+    return this.#core.disk.readNowInto(vectors, count, bytes, fileOffset);
   };
+
+  readonly #afterRead = (command: Command, errno: number): number => {
+    if (errno !== 0) return this.#mediaError(STATUS.readError);
+    const status = this.#core.transfer.toGuest(command, command.data.bytes);
+    return status === STATUS.ok ? this.#wasRead(command) : status;
+  };
+
+  #wasRead(command: Command): number {
+    const { health } = this.#core;
+    health.readCommands++;
+    health.bytesRead += command.bytes;
+    // With FUA what is returned is what is stored.
+    return (command.words[12]! & FUA) !== 0 ? this.#store(command) : STATUS.ok;
+  }
 
   #write(command: Command): number {
     const core = this.#core;

@@ -35,6 +35,7 @@ function rig(keys: Record<string, string> = {}) {
         from.copy(memory, to, at, at + bytes);
         return DMA_FAULT.none;
       },
+      writeInPlace: () => assert.fail("it moves its data itself"),
     },
     natives: {},
     interrupt: (vector) => log.push(`interrupt ${vector}`),

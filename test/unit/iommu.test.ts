@@ -9,7 +9,7 @@ import { suite } from "uvu";
 import { MAP_FLAG } from "../../hypercalls/abi.js";
 import { hva, iova, PAGE_BYTES } from "../../hypercalls/addresses.js";
 import { ERRNO } from "../../hypercalls/status.js";
-import { DMA_FAULT } from "../../iommu-emul/device.js";
+import { DMA_FAULT, REFUSED } from "../../iommu-emul/device.js";
 import { SoftDmaPort } from "../../iommu-emul/dma-port.js";
 import { FaultReader, type FaultRecord } from "../../iommu-emul/faults.js";
 import { DEFAULT_RANGES, SoftIommu, type SoftIommuConfig } from "../../iommu-emul/iommu.js";
@@ -401,6 +401,76 @@ dma("small pieces are moved in words, and a reader never sees half of one", asyn
   assert.deepEqual(found, { torn: 0, early: 0 });
 });
 
+/** A port whose vectors the test can read: each an offset into its memory and a length. */
+function inPlacePort(shared: SharedArrayBuffer, window: (at: number, bytes: number) => Buffer, lane = 0) {
+  let words: Uint32Array = new Uint32Array();
+  const port = new SoftDmaPort(shared, lane, window, (view) => {
+    words = new Uint32Array(view.buffer, view.byteOffset, view.byteLength / 4);
+    return 4096;
+  });
+  const take = (iovas: readonly number[], lengths: readonly number[], seen: (pieces: number[][]) => number) =>
+    port.writeInPlace(Float64Array.from(iovas), Int32Array.from(lengths), iovas.length, (address, count) => {
+      assert.equal(address, 4096);
+      return seen(
+        Array.from({ length: count }, (_, i) => {
+          const [low, high, bytes, zero] = words.subarray(i * 4, i * 4 + 4);
+          assert.equal(zero, 0);
+          return [low! + high! * 2 ** 32 - BASE, bytes!];
+        }),
+      );
+    });
+  return { port, take };
+}
+
+dma("in place: the pieces of all segments, joined where memory goes on, and what move says", () => {
+  const { shared, window, map } = setUp(3 * GiB);
+  const { take } = inPlacePort(shared, window);
+  // Two pages that follow each other as IOVAs and not in memory, two that do so in memory only, one over a window's end.
+  map(AT, 8 * PAGE, PAGE);
+  map(AT + PAGE, 4 * PAGE, PAGE);
+  map(AT + 16 * PAGE, 5 * PAGE, PAGE);
+  map(AT + 32 * PAGE, GiB - PAGE, 2 * PAGE);
+  const pieces: number[][] = [];
+  const result = take(
+    [AT + 100, AT + 16 * PAGE, AT + 32 * PAGE + 8],
+    [2 * PAGE - 100, 512, 2 * PAGE - 8],
+    (seen) => {
+      pieces.push(...seen);
+      return -11;
+    },
+  );
+  assert.equal(result, -11);
+  assert.deepEqual(pieces, [
+    [8 * PAGE + 100, PAGE - 100],
+    [4 * PAGE, PAGE + 512],
+    [GiB - PAGE + 8, 2 * PAGE - 8],
+  ]);
+});
+
+dma("in place: what is refused in part is not begun, not recorded, and can be asked for again", () => {
+  const { shared, window, map, iommu, drain, port: plain } = setUp(3000 * PAGE);
+  const { port, take } = inPlacePort(shared, window);
+  const never = () => assert.fail("it was begun");
+  map(AT, 0, PAGE);
+  map(AT + PAGE, PAGE, PAGE, R);
+  assert.equal(take([AT], [PAGE + 4], never), REFUSED, "a page that is for reading only");
+  assert.equal(take([AT, AT + 9 * PAGE], [4, 4], never), REFUSED, "not mapped");
+  assert.equal(take([2 ** 52], [4], never), REFUSED, "beyond all");
+  iommu.setBusMaster(0, false);
+  assert.equal(take([AT], [4], never), REFUSED, "no bus mastering");
+  iommu.setBusMaster(0, true);
+  assert.deepEqual(drain(), []);
+  const one = (pieces: number[][]) => pieces.length;
+  assert.equal(plain.writeInPlace(Float64Array.of(AT), Int32Array.of(4), 1, never), REFUSED, "no addresses");
+  // Every second page: as many pieces as pages.
+  for (let page = 0; page < 1025; page++) map(2 * GiB + page * PAGE, (100 + 2 * page) * PAGE, PAGE);
+  assert.equal(take([2 * GiB], [1024 * PAGE], one), 1024);
+  assert.equal(take([2 * GiB], [1025 * PAGE], never), REFUSED, "more than a system call takes");
+  assert.equal(take([AT], [PAGE], one), 1);
+  assert.throws(() => take([AT], [PAGE], () => assert.fail("of its own")), /of its own/);
+  assert.equal(port.write(AT, pattern(4), 0, 4), 0, "the access has ended all the same");
+});
+
 dma.run();
 
 // ---- how an unmap waits ---------------------------------------------------------------------------------------------
@@ -455,6 +525,33 @@ for (const what of ["unmap", "off"] as const) {
     }
   });
 }
+
+waiting("an unmap waits for what is moved in place", async () => {
+  const { shared, map, window, memory } = setUp();
+  map(AT, 0, PAGE);
+  const views = new Shared(shared);
+  const { take } = inPlacePort(shared, window);
+  const worker = unmapper(shared, "unmap");
+  const unmapped = once(worker, "message");
+  // The unmap's thread takes longer to begin than this one.
+  let begun = false;
+  while (!begun) {
+    const result = take([AT], [PAGE], () => {
+      const until = Date.now() + 2000;
+      while (Atomics.load(views.lanes, LANE.waiters) === 0 && Date.now() < until);
+      begun = Atomics.load(views.lanes, LANE.waiters) !== 0;
+      memory[0] = 1;
+      return 0;
+    });
+    assert.equal(result, 0, "it was not unmapped under the move");
+  }
+  assert.equal((await unmapped)[0], PAGE);
+  assert.equal(
+    take([AT], [4], () => assert.fail("it was begun")),
+    REFUSED,
+  );
+  await once(worker, "exit");
+});
 
 waiting("an access of another device, or a later one, holds nobody up", () => {
   const { shared, map, unmap } = setUp(64 * PAGE, { lanes: 1 });

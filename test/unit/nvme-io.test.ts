@@ -140,6 +140,63 @@ shapes(
   }),
 );
 
+/** Natives that note what was read in place: pieces, and bytes or -errno. `answer` may ask for another call. */
+function inPlaceNatives(log: number[][], bytesOf: (bytes: number) => number = (bytes) => bytes): FileNatives {
+  return {
+    ...NATIVES,
+    readCachedInto: (fd, vectors, count, offset) => {
+      const result = bytesOf(NATIVES.readCachedInto!(fd, vectors, count, offset));
+      log.push([count, result]);
+      return result;
+    },
+  };
+}
+
+shapes("reads go from the page cache to the guest in place, else through the command's buffer", async () => {
+  const calls: number[][] = [];
+  let bytesOf = (bytes: number) => bytes;
+  const guest = new NvmeGuest({ natives: inPlaceNatives(calls, (bytes) => bytesOf(bytes)) });
+  const io = await guest.ready();
+  const data = pattern(5 * PAGE, 7);
+  const disk = fs.openSync(guest.path, "r+");
+  fs.writeSync(disk, data, 0, data.length, 512);
+  fs.readSync(disk, Buffer.alloc(2 ** 20), 0, 2 ** 20, 0);
+  const at = guest.map(5);
+  const list = guest.map(1);
+  guest.poke64(list, at + PAGE, at + 2 * PAGE, at + 3 * PAGE, at + 4 * PAGE);
+  const read = async (blocks: number) => {
+    guest.poke(at, Buffer.alloc(5 * PAGE, 0xee));
+    calls.length = 0;
+    return (await io.do(on(READ, 1, blocks, { prp1: at, prp2: list }))).status;
+  };
+  assert.equal(await read(40), 0);
+  assert.deepEqual(calls, [[5, 5 * PAGE]]);
+  assert.ok(guest.peek(at, 5 * PAGE).equals(data));
+  assert.equal(await read(37), 0);
+  assert.deepEqual(calls, [[5, 37 * 512]]);
+  const expected = Buffer.concat([data.subarray(0, 37 * 512), Buffer.alloc(3 * 512, 0xee)]);
+  assert.ok(guest.peek(at, 5 * PAGE).equals(expected), "and nothing behind it");
+  // Part of it is cached, or none; then a file system that cannot tell, which is asked no more.
+  for (const [result, asked] of [
+    [PAGE, 1],
+    [-11, 1],
+    [-95, 1],
+  ] as const) {
+    bytesOf = () => result;
+    assert.equal(await read(40), 0);
+    assert.equal(calls.length, asked);
+    assert.ok(guest.peek(at, 5 * PAGE).equals(data), `the call said ${result}`);
+  }
+  // The last page is gone: what lies before it may be written, and the guest hears of it.
+  bytesOf = (bytes) => bytes;
+  guest.unmap(at + 4 * PAGE, 1);
+  assert.equal(await read(40), 4);
+  assert.deepEqual(calls, []);
+  fs.closeSync(disk);
+  guest.checkCanaries();
+  await guest.close();
+});
+
 shapes(
   "PRPs that cannot be: PRP Offset Invalid; and what the IOMMU refuses: Data Transfer Error, may be tried again",
   withGuest(async ({ guest, io }) => {

@@ -33,7 +33,7 @@ const WRITE = { opcode: 1, nsid: 1 } as const;
 const FLUSH = { opcode: 0, nsid: 1 } as const;
 const FUA = 2 ** 30;
 /** Nothing is ever cached: every read goes through Node's pool. */
-const COLD: FileNatives = { ...NATIVES, readCached: () => -11 };
+const COLD: FileNatives = { ...NATIVES, readCached: () => -11, readCachedInto: () => -11 };
 
 const order = suite("nvme: what is stored when");
 
@@ -195,7 +195,11 @@ const slow = suite("nvme: operations that wait for the disk");
 slow("reads that wait do not hold up others, and complete in any order", async () => {
   let cold = true;
   const guest = new NvmeGuest({
-    natives: { ...NATIVES, readCached: (...how) => (cold ? -11 : NATIVES.readCached!(...how)) },
+    natives: {
+      ...NATIVES,
+      readCached: (...how) => (cold ? -11 : NATIVES.readCached!(...how)),
+      readCachedInto: (...how) => (cold ? -11 : NATIVES.readCachedInto!(...how)),
+    },
   });
   const io = await guest.ready(128);
   const prp1 = guest.map(1);

@@ -8,6 +8,7 @@ import { FaultReader } from "../../iommu-emul/faults.js";
 import { SoftIommu } from "../../iommu-emul/iommu.js";
 import type { RamDescription } from "../guest-memory.js";
 import type { Fault } from "../iommu-faults.js";
+import { addressOf } from "../native/libc.js";
 import { memoryWindow } from "../native/memory-window.js";
 import type { SoftIommuLimits } from "../options.js";
 import type { DmaSwitch } from "./hosted-device.js";
@@ -20,7 +21,7 @@ export interface DmaLane {
 
 /** The port of the device whose thread this is. */
 export const openDmaPort = ({ memory, lane }: DmaLane): DmaPort =>
-  new SoftDmaPort(memory, lane, memoryWindow);
+  new SoftDmaPort(memory, lane, memoryWindow, addressOf);
 
 export const openSoftBackend = (memory: SharedArrayBuffer): DmaBackend => new SoftIommu(memory);
 

@@ -201,7 +201,12 @@ export function readCached(fd: number, address: number, bytes: number, offset: n
   piece[0] = address % 2 ** 32;
   piece[1] = address / 2 ** 32;
   piece[2] = bytes;
-  const done = cPreadv2(fd, pieceAddress, 1, offset, RWF_NOWAIT);
+  return readCachedInto(fd, pieceAddress, 1, offset);
+}
+
+/** The same for several pieces: `vectors` is the address of `count` (1 to 1024) struct iovec. Allocates nothing. */
+export function readCachedInto(fd: number, vectors: number, count: number, offset: number): number {
+  const done = cPreadv2(fd, vectors, count, offset, RWF_NOWAIT);
   return done < 0 ? -koffi.errno() : done;
 }
 

@@ -144,7 +144,28 @@ class Mapper {
 
 function runDevice(job: StressJob): void {
   const { memory } = job;
-  const port = new SoftDmaPort(job.iommu, job.index, (at, bytes) => Buffer.from(memory, at, bytes));
+  let vectors: Uint32Array = new Uint32Array();
+  const port = new SoftDmaPort(
+    job.iommu,
+    job.index,
+    (at, bytes) => Buffer.from(memory, at, bytes),
+    (view) => {
+      vectors = new Uint32Array(view.buffer, view.byteOffset, view.byteLength / 4);
+      return 1;
+    },
+  );
+  /** What a system call would do. */
+  const move = (_vectors: number, count: number): number => {
+    let from = 0;
+    for (let i = 0; i < count; i++) {
+      const bytes = vectors[i * 4 + 2]!;
+      buffer.copy(Buffer.from(memory, vectors[i * 4]!, bytes), 0, from, from + bytes);
+      from += bytes;
+    }
+    return DMA_FAULT.none;
+  };
+  const writeInPlace = (at: number, bytes: number) =>
+    port.writeInPlace(Float64Array.of(at), Int32Array.of(bytes), 1, move);
   const control = new Int32Array(job.control);
   const current = new Int32Array(job.current);
   const random = new Random(job.seed);
@@ -164,7 +185,9 @@ function runDevice(job: StressJob): void {
     // Short ones find out whether a page is mapped, long ones are under way for long.
     const bytes = 4 * (1 + random.below(random.oneIn(2) ? 16 : CHUNK_WORDS));
     words.fill(FROM_DEVICE | slot, 0, bytes / 4);
-    const fault = write ? port.write(at, buffer, 0, bytes) : port.read(at, buffer, 0, bytes);
+    let fault: number;
+    if (!write) fault = port.read(at, buffer, 0, bytes);
+    else fault = random.oneIn(2) ? port.write(at, buffer, 0, bytes) : writeInPlace(at, bytes);
     if (fault === DMA_FAULT.none) done++;
     else faults++;
     if (write) continue;

@@ -12,11 +12,16 @@ import type { DeviceHost, DmaPort, EmulatedDevice, FileNatives } from "../../../
 import { SoftDmaPort } from "../../../iommu-emul/dma-port.js";
 import { SoftIommu } from "../../../iommu-emul/iommu.js";
 import { type NvmeOptions, nvme } from "../../../iommu-emul/nvme/model.js";
-import { addressOf, lockFile, punchHole, readCached, writeAt } from "../../../vmm/native/libc.js";
+import {
+  addressOf,
+  lockFile,
+  punchHole,
+  readCached,
+  readCachedInto,
+  writeAt,
+} from "../../../vmm/native/libc.js";
 
 export const PAGE = 4096;
-/** Nothing of the memory is where this says; the port is given a view of it. */
-const HVA = 2 ** 40;
 /** Mappings begin above 4 GiB, so that both halves of an address count. */
 const IOVA = 2 ** 33;
 const RW = MAP_FLAG.read | MAP_FLAG.write;
@@ -25,6 +30,7 @@ const RW = MAP_FLAG.read | MAP_FLAG.write;
 export const NATIVES: FileNatives = {
   addressOf: (buffer) => addressOf(buffer),
   readCached,
+  readCachedInto,
   write: writeAt,
   punchHole,
   lock: lockFile,
@@ -61,6 +67,8 @@ export interface Fields {
 
 export class NvmeGuest {
   readonly memory: Buffer;
+  /** Where it really is: system calls reach it too. */
+  readonly #hva: number;
   readonly #before: Buffer;
   readonly iommu: SoftIommu;
   readonly #iommuMemory: SharedArrayBuffer;
@@ -91,16 +99,20 @@ export class NvmeGuest {
     } = {},
   ) {
     const bytes = (options.memoryPages ?? 4096) * PAGE;
-    this.memory = Buffer.allocUnsafeSlow(bytes);
-    const words = new Uint32Array(this.memory.buffer);
+    const room = Buffer.allocUnsafeSlow(bytes + PAGE);
+    const start = PAGE - (addressOf(room) % PAGE);
+    this.memory = room.subarray(start, start + bytes);
+    const words = new Uint32Array(room.buffer, room.byteOffset + start, bytes / 4);
     for (let i = 0; i < words.length; i++) words[i] = Math.imul(i + 1, 0x9e3779b1);
     this.#before = Buffer.from(this.memory);
-    this.#iommuMemory = SoftIommu.create({ memory: [{ hva: hva(HVA), bytes }], lanes: 1 });
+    this.#hva = addressOf(this.memory);
+    this.#iommuMemory = SoftIommu.create({ memory: [{ hva: hva(this.#hva), bytes }], lanes: 1 });
     this.iommu = new SoftIommu(this.#iommuMemory);
     this.iommu.setBusMaster(0, true);
-    const port = new SoftDmaPort(this.#iommuMemory, 0, (at, length) =>
-      this.memory.subarray(at - HVA, at - HVA + length),
-    );
+    const natives = options.natives ?? NATIVES;
+    const window = (at: number, length: number) =>
+      this.memory.subarray(at - this.#hva, at - this.#hva + length);
+    const port = new SoftDmaPort(this.#iommuMemory, 0, window, natives.addressOf);
     this.dma = options.dma?.(port) ?? port;
     this.directory = fs.mkdtempSync(join(tmpdir(), "pvdma-nvme-"));
     this.path = options.file ?? join(this.directory, "disk.img");
@@ -114,7 +126,7 @@ export class NvmeGuest {
       file: this.path,
     };
     nvme.check(settings);
-    this.device = nvme.create(settings, this.#host(options.natives ?? NATIVES), machine);
+    this.device = nvme.create(settings, this.#host(natives), machine);
   }
 
   #host(natives: FileNatives): DeviceHost {
@@ -159,7 +171,7 @@ export class NvmeGuest {
       this.#nextMemoryPage += 2;
       assert.ok(this.#nextMemoryPage * PAGE <= this.memory.length, "the test's memory is used up");
       const page = this.#nextIovaPage++;
-      assert.equal(this.iommu.map(iova(page * PAGE), hva(HVA + memoryPage * PAGE), PAGE, access), 0);
+      assert.equal(this.iommu.map(iova(page * PAGE), hva(this.#hva + memoryPage * PAGE), PAGE, access), 0);
       this.#pages.set(page, memoryPage);
     }
     // What follows is not mapped.
@@ -175,7 +187,7 @@ export class NvmeGuest {
   /** A page that was unmapped, at its old address. */
   remap(at: number): void {
     const memoryPage = this.#pages.get(at / PAGE)!;
-    assert.equal(this.iommu.map(iova(at), hva(HVA + memoryPage * PAGE), PAGE, RW), 0);
+    assert.equal(this.iommu.map(iova(at), hva(this.#hva + memoryPage * PAGE), PAGE, RW), 0);
   }
 
   setBusMaster(on: boolean): void {
