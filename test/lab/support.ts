@@ -45,6 +45,21 @@ export function randomDisk(directory: string, name: string, bytes: number): stri
   return file;
 }
 
+/**
+ * Has a guest that runs the script CONSOLE execute one line; returns what it printed. Rejects when its status is not 0
+ * or it takes longer than `timeoutMs`. `console`: the VMM's process, ours or another.
+ */
+export async function sh(console: HostProcess, line: string, timeoutMs = bootTimeoutMs): Promise<string> {
+  console.write(`${line}\n`);
+  const [, output, status] = await console.waitFor(
+    /^((?:.|[\r\n])*?)guest: did (\d+)\r?\n/,
+    timeoutMs,
+    "stdout",
+  );
+  if (status !== "0") throw new Error(`the guest's exit status ${status}: ${line}\n${tail(output!)}`);
+  return output!.replaceAll("\r", "");
+}
+
 /** A VMM that runs in the host. */
 export class RunningVmm {
   private constructor(
@@ -79,19 +94,9 @@ export class RunningVmm {
     this.process.write("\n");
   }
 
-  /**
-   * Has a guest that runs the script CONSOLE execute one line; returns what it printed. Rejects when its status is not
-   * 0 or it takes longer than `timeoutMs`.
-   */
-  async sh(line: string, timeoutMs = bootTimeoutMs): Promise<string> {
-    this.process.write(`${line}\n`);
-    const [, output, status] = await this.process.waitFor(
-      /^((?:.|[\r\n])*?)guest: did (\d+)\r?\n/,
-      timeoutMs,
-      "stdout",
-    );
-    if (status !== "0") throw new Error(`the guest's exit status ${status}: ${line}\n${tail(output!)}`);
-    return output!.replaceAll("\r", "");
+  /** sh() of the guest's console. */
+  sh(line: string, timeoutMs = bootTimeoutMs): Promise<string> {
+    return sh(this.process, line, timeoutMs);
   }
 
   /** Waits for the end: exit status of the VMM, of the guest's script, and the figures it printed. */
