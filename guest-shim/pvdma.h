@@ -25,9 +25,9 @@ struct pvdma_stat {
 #define PVDMA_STATS	22
 
 /*
- * An assigned device. They stand in one array, so that a device's operations lead
- * to it by arithmetic: no lock and no lookup on the way of a map, and a pointer
- * to ops that are not ours is recognised instead of believed.
+ * An assigned device. They stand in one array, each with its operations first: no lock
+ * and no lookup on the way of a map, and a pointer to ops that are not ours is
+ * recognised instead of believed.
  */
 struct pvdma_device {
 	struct dma_map_ops ops;		/* in dev->dma_ops while installed */
@@ -76,8 +76,9 @@ static inline struct pvdma_device *pvdma_of(struct device *dev)
 	unsigned long at = (unsigned long)get_dma_ops(dev);
 	unsigned long offset = at - (unsigned long)pvdma_devices;
 
+	BUILD_BUG_ON(offsetof(struct pvdma_device, ops));
 	if (likely(offset < sizeof(pvdma_devices)))
-		return &pvdma_devices[offset / sizeof(pvdma_devices[0])];
+		return (struct pvdma_device *)at;
 	/* somebody stacked ops over ours and calls down */
 	return pvdma_find(dev);
 }

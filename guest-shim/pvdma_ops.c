@@ -396,6 +396,30 @@ static bool pvdma_let_idle(struct pvdma_device *p, u64 iova, u64 bytes)
 	return idled != PVDMA_NOT_KNOWN;
 }
 
+/*
+ * The usual case of policy cached, in as few instructions as it takes. Without a table
+ * there are no pages, and it is never the case.
+ */
+static __always_inline bool pvdma_map_quickly(struct pvdma_device *p, u64 below, u64 bytes,
+					      u64 iova_max)
+{
+	if (below > iova_max || bytes - 1 > iova_max - below ||
+	    !pvdma_table_count_one(&p->table, below, bytes))
+		return false;
+	this_cpu_inc(p->counters->maps);
+	pvdma_count_counted(p, 1);
+	return true;
+}
+
+static __always_inline bool pvdma_unmap_quickly(struct pvdma_device *p, u64 iova, u64 bytes)
+{
+	if (!pvdma_table_uncount_one(&p->table, iova, bytes))
+		return false;
+	this_cpu_inc(p->counters->unmaps);
+	pvdma_count_uncounted(p, 1);
+	return true;
+}
+
 /* Makes one mapping at the host. Returns the status; *iova is set if it is ok. */
 u32 pvdma_make(struct pvdma_device *p, u64 below, u64 bytes, u64 iova_max,
 	       u32 flags, unsigned long attrs, u64 *iova)
@@ -436,17 +460,15 @@ u32 pvdma_take(struct pvdma_device *p, u64 iova, u64 bytes)
 	return status;
 }
 
-static dma_addr_t pvdma_map_phys(struct device *dev, phys_addr_t phys,
-				 size_t size, enum dma_data_direction dir,
-				 unsigned long attrs)
+static noinline dma_addr_t pvdma_map_slowly(struct pvdma_device *p, struct device *dev,
+					    phys_addr_t phys, size_t size,
+					    enum dma_data_direction dir,
+					    unsigned long attrs)
 {
-	struct pvdma_device *p = pvdma_of(dev);
-	u64 iova_max, iova;
+	u64 iova_max = pvdma_streaming_max(p, dev);
+	u64 iova;
 	u32 flags;
 
-	if (unlikely(!p))
-		return DMA_MAPPING_ERROR;
-	iova_max = pvdma_streaming_max(p, dev);
 	flags = pvdma_streaming_flags(p, dev, dir);
 	/* a device that is gone has nothing mapped, whatever the books say */
 	if (p->lazy && !READ_ONCE(p->lost) && pvdma_reuse(p, phys, size, iova_max, flags, &iova))
@@ -458,13 +480,32 @@ static dma_addr_t pvdma_map_phys(struct device *dev, phys_addr_t phys,
 	return iova;
 }
 
+static __always_inline dma_addr_t pvdma_map_phys(struct device *dev, phys_addr_t phys,
+						 size_t size, enum dma_data_direction dir,
+						 unsigned long attrs)
+{
+	struct pvdma_device *p = pvdma_of(dev);
+
+	if (unlikely(!p))
+		return DMA_MAPPING_ERROR;
+	if (likely(pvdma_map_quickly(p, phys, size, pvdma_streaming_max(p, dev))))
+		return phys;
+	return pvdma_map_slowly(p, dev, phys, size, dir, attrs);
+}
+
+static noinline void pvdma_unmap_slowly(struct pvdma_device *p, dma_addr_t iova, size_t size)
+{
+	if (!(p->lazy && pvdma_let_idle(p, iova, size)))
+		pvdma_take(p, iova, size);
+}
+
 static void pvdma_unmap_phys(struct device *dev, dma_addr_t iova, size_t size,
 			     enum dma_data_direction dir, unsigned long attrs)
 {
 	struct pvdma_device *p = pvdma_of(dev);
 
-	if (likely(p) && !(p->lazy && pvdma_let_idle(p, iova, size)))
-		pvdma_take(p, iova, size);
+	if (likely(p) && !pvdma_unmap_quickly(p, iova, size))
+		pvdma_unmap_slowly(p, iova, size);
 }
 
 #if !PVDMA_MAP_PHYS
@@ -624,17 +665,28 @@ static int pvdma_segments_end(struct pvdma_segments *s, int nents)
 	return s->count;
 }
 
+/* sg_next() without a call in the usual case; not of the last entry. */
+static __always_inline struct scatterlist *pvdma_sg_next(struct scatterlist *sg)
+{
+	return likely(!sg_is_last(sg) && !sg_is_chain(sg + 1)) ? sg + 1 : sg_next(sg);
+}
+
 /* Takes back the counts of the first nents entries; returns the pages that had one. */
 static u64 pvdma_uncount_entries(struct pvdma_device *p, struct scatterlist *sgl,
 				 int nents)
 {
-	struct scatterlist *sg;
+	struct scatterlist *sg = sgl;
 	u64 pages = 0;
 	int i;
 
-	for_each_sg(sgl, sg, nents, i) {
-		if (sg->length && pvdma_uncount_range(p, sg_phys(sg), sg->length))
-			pages += pvdma_pages(sg_phys(sg), sg->length);
+	for (i = 0; i < nents; i++, sg = pvdma_sg_next(sg)) {
+		u64 below = sg_phys(sg);
+		u64 bytes = sg->length;
+
+		if (likely(pvdma_table_uncount_one(&p->table, below, bytes)))
+			pages++;
+		else if (bytes && pvdma_uncount_range(p, below, bytes))
+			pages += pvdma_pages(below, bytes);
 	}
 	return pages;
 }
@@ -684,23 +736,28 @@ static int pvdma_map_sg_cached(struct pvdma_device *p, struct device *dev,
 			       u32 flags, unsigned long attrs)
 {
 	struct pvdma_segments segments;
-	struct scatterlist *sg;
+	struct scatterlist *sg = sgl;
 	bool missing = false;
 	u64 pages = 0;
 	u32 status;
 	int i;
 
 	pvdma_segments_start(&segments, dev, sgl);
-	for_each_sg(sgl, sg, nents, i) {
+	for (i = 0; i < nents; i++, sg = pvdma_sg_next(sg)) {
 		u64 below = sg_phys(sg);
 		u64 bytes = sg->length;
 
-		if (!bytes)
+		if (likely(below <= iova_max && bytes - 1 <= iova_max - below &&
+			   pvdma_table_count_one(&p->table, below, bytes))) {
+			pages++;
+		} else if (bytes) {
+			status = pvdma_count_range(p, below, bytes, iova_max, attrs, &missing);
+			if (unlikely(status))
+				goto undo;
+			pages += pvdma_pages(below, bytes);
+		} else {
 			continue;
-		status = pvdma_count_range(p, below, bytes, iova_max, attrs, &missing);
-		if (unlikely(status))
-			goto undo;
-		pages += pvdma_pages(below, bytes);
+		}
 		pvdma_segments_add(&segments, below, bytes, false);
 	}
 	if (unlikely(!segments.count))

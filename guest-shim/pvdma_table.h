@@ -35,8 +35,18 @@ struct pvdma_table {
 	u64 gpa;
 };
 
-/* A count from which on maps are refused: each CPU may be past it by one. */
-#define PVDMA_TABLE_COUNT_MAX	(PVDMA_TABLE_COUNT_MASK >> 1)
+/*
+ * A count from which on maps are refused, the highest bit of a count: each CPU may be
+ * past it by one.
+ */
+#define PVDMA_TABLE_COUNT_MAX	((PVDMA_TABLE_COUNT_MASK >> 1) + 1)
+
+/* Whether a map, which found this in an entry, has no more to do for the page. */
+static inline bool pvdma_entry_is_good(u32 before)
+{
+	return (before & (PVDMA_TABLE_PINNED | PVDMA_TABLE_USED | PVDMA_TABLE_COUNT_MAX)) ==
+	       (PVDMA_TABLE_PINNED | PVDMA_TABLE_USED);
+}
 
 /* Takes one from a page's count; false, and nothing changed, when it is 0. */
 static inline bool pvdma_entry_uncount(u32 *entry)
@@ -68,6 +78,44 @@ static inline bool pvdma_table_covers(const struct pvdma_table *table, u64 gpa, 
 	       pvdma_pages(gpa, bytes) <= table->pages - first;
 }
 
+/* The entry of a range within one page; NULL when it is none, or not the table's. */
+static inline u32 *pvdma_table_one(const struct pvdma_table *table, u64 gpa, u64 bytes)
+{
+	u64 offset = gpa & (PVDMA_PAGE_BYTES - 1);
+
+	if (gpa >> PVDMA_PAGE_SHIFT >= table->pages || bytes - 1 >= PVDMA_PAGE_BYTES - offset)
+		return (u32 *)0;
+	return &table->entries[gpa >> PVDMA_PAGE_SHIFT];
+}
+
+/**
+ * pvdma_table_count_one() - pvdma_table_count() in the usual case, in a few instructions
+ *
+ * Return: false, and nothing is counted, when it is another: more pages than one, or
+ * one that the host has to hear of.
+ */
+static inline bool pvdma_table_count_one(const struct pvdma_table *table, u64 gpa,
+					 u64 bytes)
+{
+	u32 *entry = pvdma_table_one(table, gpa, bytes);
+
+	if (!entry)
+		return false;
+	if (pvdma_entry_is_good(pvdma_entry_add_one(entry)))
+		return true;
+	pvdma_entry_uncount(entry);
+	return false;
+}
+
+/** pvdma_table_uncount_one() - its counterpart; false: pvdma_table_uncount() is to see */
+static inline bool pvdma_table_uncount_one(const struct pvdma_table *table, u64 gpa,
+					   u64 bytes)
+{
+	u32 *entry = pvdma_table_one(table, gpa, bytes);
+
+	return entry && pvdma_entry_uncount(entry);
+}
+
 /**
  * pvdma_table_uncount() - the device no longer needs [@gpa, @bytes)
  *
@@ -84,7 +132,7 @@ static inline bool pvdma_table_uncount(const struct pvdma_table *table, u64 gpa,
 		return false;
 	end = first + pvdma_pages(gpa, bytes);
 	/* first a look: a count that is 0 for a moment is the host's to reclaim */
-	for (page = first; page < end; page++) {
+	for (page = first; page < end && end - first > 1; page++) {
 		if (!(pvdma_entry_read(&table->entries[page]) & PVDMA_TABLE_COUNT_MASK))
 			return false;
 	}
@@ -113,6 +161,8 @@ static inline u32 pvdma_table_count(const struct pvdma_table *table, u64 gpa,
 		u32 *entry = &table->entries[page];
 		u32 before = pvdma_entry_add_one(entry);
 
+		if (pvdma_entry_is_good(before))
+			continue;
 		if ((before & PVDMA_TABLE_COUNT_MASK) >= PVDMA_TABLE_COUNT_MAX) {
 			pvdma_table_uncount(table, first << PVDMA_PAGE_SHIFT,
 					    (page - first + 1) << PVDMA_PAGE_SHIFT);

@@ -383,6 +383,51 @@ static void the_table_has_an_end(void)
 		EQUAL(entries[i], 0);
 }
 
+static void one_page_is_counted_in_the_usual_case_only(void)
+{
+	/* what an entry holds, and whether a map of it needs to look further */
+	static const struct {
+		u32 entry;
+		bool usual;
+	} cases[] = {
+		{ PINNED | USED, true },
+		{ (PINNED | USED) + 1, true },
+		{ (PINNED | USED) + PVDMA_TABLE_COUNT_MAX - 1, true },
+		{ (PINNED | USED) + PVDMA_TABLE_COUNT_MAX, false },
+		{ PINNED, false },
+		{ USED, false },
+		{ USED + 3, false },
+		{ 0, false },
+	};
+	unsigned int i;
+
+	for (i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+		entries[2] = cases[i].entry;
+		EQUAL(pvdma_table_count_one(&table, 0x2000, 4096), cases[i].usual);
+		EQUAL(entries[2], cases[i].entry + cases[i].usual);
+	}
+	entries[2] = PINNED | USED;
+	EQUAL(pvdma_table_count_one(&table, 0x2fff, 1), true);
+	EQUAL(pvdma_table_count_one(&table, 0x2ffe, 2), true);
+	EQUAL(pvdma_table_count_one(&table, 0x2fff, 2), false);
+	EQUAL(pvdma_table_count_one(&table, 0x2000, 4097), false);
+	EQUAL(pvdma_table_count_one(&table, 0x2000, 0), false);
+	EQUAL(pvdma_table_count_one(&table, 0x2001, ~0ull), false);
+	EQUAL(entries[2], (PINNED | USED) + 2);
+	EQUAL(entries[3], 0);
+	EQUAL(pvdma_table_uncount_one(&table, 0x2fff, 2), false);
+	EQUAL(pvdma_table_uncount_one(&table, 0x2000, 0), false);
+	EQUAL(pvdma_table_uncount_one(&table, 0x2ffe, 2), true);
+	EQUAL(pvdma_table_uncount_one(&table, 0x2000, 4096), true);
+	EQUAL(pvdma_table_uncount_one(&table, 0x2000, 4096), false);
+	EQUAL(entries[2], PINNED | USED);
+	entries[TABLE_PAGES - 1] = PINNED | USED;
+	EQUAL(pvdma_table_count_one(&table, (TABLE_PAGES - 1) * 4096ull, 4096), true);
+	EQUAL(pvdma_table_count_one(&table, TABLE_PAGES * 4096ull, 1), false);
+	EQUAL(pvdma_table_count_one(&table, ~0ull, 1), false);
+	EQUAL(pvdma_table_uncount_one(&table, TABLE_PAGES * 4096ull, 1), false);
+}
+
 static void counts_do_not_overflow(void)
 {
 	bool missing = false;
@@ -1171,6 +1216,7 @@ static const struct {
 	TEST(finds_the_table),
 	TEST(counts_in_the_table),
 	TEST(the_table_has_an_end),
+	TEST(one_page_is_counted_in_the_usual_case_only),
 	TEST(counts_do_not_overflow),
 	TEST(maps_what_is_counted),
 	TEST(mappings_fit_the_limits),

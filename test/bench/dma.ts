@@ -62,12 +62,12 @@ const files = scratchDir();
 const disk = join(files.path, "disk.raw");
 writeFileSync(disk, "");
 truncateSync(disk, DISK_BYTES);
-const bounds = join(files.path, "bounds");
-await promisify(execFile)("gcc", ["-O2", "-o", bounds, join(repoRoot, "test/bench/bounds.c")]);
 const { file: module } = await buildModule(await getKernel("6.12"), "test/modules", "dmabench");
 
 const host = await bootL1({ name: "bench-dma", nvme0: { file: disk }, say: progress });
 try {
+  const bounds = join(host.shareDir, "bounds");
+  await promisify(execFile)("gcc", ["-O2", "-o", bounds, join(repoRoot, "test/bench/bounds.c")]);
   const bdf = l1Bdf.nvme0;
   await bindVfio(host, bdf);
   const group = (await must(host, `basename $(readlink /sys/bus/pci/devices/${bdf}/iommu_group)`)).trim();
