@@ -2,6 +2,7 @@
 // and counts; what the values mean is checked in engine.ts. A frame is a Float64Array: [0] the call number in and
 // the status out, [1] to [5] arguments and results in the order of FRAME_REGISTERS.
 
+import { performance } from "node:perf_hooks"; // the global of that name is looked up by a function at every use
 import { CALLS, LIMITS } from "./abi.js";
 import { gpa, MAX_EXACT, PAGE_BYTES } from "./addresses.js";
 import type { Engine } from "./engine.js";

@@ -6,7 +6,8 @@
  *	bounds exit			a guest that does `out' for ever
  *	bounds vfio GROUP BDF		/dev/vfio/GROUP
  *
- * Prints lines `NAME NANOSECONDS…', a figure for each of ROUNDS rounds.
+ * Prints lines `NAME NANOSECONDS…', a figure for each of ROUNDS rounds; `exit' also a
+ * line `cycles', the time stamp counter's in a microsecond.
  */
 #include <fcntl.h>
 #include <linux/kvm.h>
@@ -19,6 +20,7 @@
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+#include <x86intrin.h>
 
 #define PAGE		4096ul
 #define LIST		64u
@@ -120,6 +122,15 @@ static void vfio(const char *group_name, const char *bdf)
 	measure("vfio-list", list);
 }
 
+static void cycles(void)
+{
+	uint64_t start = now(), first = __rdtsc();
+
+	while (now() - start < ROUND_NS)
+		;
+	printf("cycles %lu\n", (__rdtsc() - first) * 1000 / (now() - start));
+}
+
 static int vcpu;
 static struct kvm_run *run;
 
@@ -163,6 +174,7 @@ static void exits(void)
 	check(ioctl(vcpu, KVM_SET_REGS, &regs), "KVM_SET_REGS");
 	run->kvm_valid_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
 	measure("exit", leave);
+	cycles();
 }
 
 int main(int argc, char **argv)

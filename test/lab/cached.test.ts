@@ -3,8 +3,9 @@
 
 import * as assert from "uvu/assert";
 import { sized } from "../soak.js";
-import { buildGuestImage } from "./guest.js";
+import { buildGuestImage, buildModule } from "./guest.js";
 import { must } from "./host.js";
+import { getKernel } from "./packages.js";
 import {
   assertNoComplaints,
   assertReads,
@@ -72,6 +73,43 @@ for (const [what, disk] of [
     await endDriven(vmm);
   });
 }
+
+lab.test("calls counted: cached none for 100,000 pairs, strict two for each pair and each list", async () => {
+  const [cached, strict] = await emulatedDisks(lab.host, MiB, MiB);
+  const devices = [`${cached!.assign},dma=cached`, `${strict!.assign},dma=strict`];
+  const { file } = await buildModule(await getKernel("6.12"), "test/modules", "dmabench");
+  const vmm = await startDriven(lab.host, devices, { moduleFiles: [file] });
+  await loadNvme(vmm, 2);
+  /** What a run of the module adds to the guest's operations on a device, and to the host's calls for it. */
+  const bench = async (slot: string, disk: TestedDisk, ms: number) => {
+    const look = async () => {
+      const [guest, host] = [await vmm.guestStatistics(), await vmm.statistics()];
+      const made = (name: string) => guest.get(`0000:00:${slot}.0/${name}`)!;
+      const calls = ["map", "map_list", "unmap", "unmap_list", "table", "release"].map(
+        (call) => host.get(`devices/${disk.name}/hypercalls/${call}/calls`)!,
+      );
+      return [made("maps"), made("map_lists"), calls.reduce((sum, each) => sum + each, 0)] as const;
+    };
+    const before = await look();
+    // It ends with an error, so that it is not there afterwards.
+    await vmm.sh(`modprobe dmabench device=0000:00:${slot}.0 ms=${ms} 2> /dev/null; true`, 300_000);
+    const after = await look();
+    const [pairs, lists, calls] = after.map((value, i) => value - before[i]!) as [number, number, number];
+    console.log(`    ${pairs} pairs, ${lists} lists, ${calls} calls`);
+    return { pairs, lists, calls };
+  };
+  // Its pages are the kernel's to choose: warm are those that it was given before.
+  let warm = await bench("01", cached!, 400);
+  for (let tries = 0; tries < 5 && warm.calls > 0; tries++) warm = await bench("01", cached!, 400);
+  assert.is(warm.calls, 0);
+  assert.ok(warm.pairs >= 100_000 && warm.lists > 0);
+  const { pairs, lists, calls } = await bench("02", strict!, 100);
+  assert.ok(pairs > 100 && lists > 10);
+  assert.is(calls, 2 * (pairs + lists));
+  await assertNoComplaints(vmm);
+  await assertNothingLeft(vmm);
+  await endDriven(vmm);
+});
 
 lab.test("what is idle is given back, and mapped again when it is needed", async () => {
   const disk = assignedDisk(lab);

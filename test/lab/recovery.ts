@@ -59,15 +59,22 @@ export interface DrivenGuest {
   readonly args?: readonly string[];
   /** As RunningVmm.start(). */
   readonly around?: string;
+  /** Modules of ours to pack. */
+  readonly moduleFiles?: readonly string[];
 }
 
 /** Starts a guest with the script CONSOLE and these devices, and waits until it takes commands; pvdma is loaded. */
 export async function startDriven(
   host: Host,
   devices: readonly string[],
-  { kernel = "6.12", args = [], around }: DrivenGuest = {},
+  { kernel = "6.12", args = [], around, moduleFiles = [] }: DrivenGuest = {},
 ): Promise<RunningVmm> {
-  const image = await buildGuestImage({ kernel, script: CONSOLE, tools: ["fio"] });
+  const image = await buildGuestImage({
+    kernel,
+    script: CONSOLE,
+    tools: ["fio"],
+    moduleFiles: [...moduleFiles],
+  });
   const assign = devices.flatMap((device) => ["--assign", device]);
   const vmm = await RunningVmm.start(host, [...assign, ...args, image], around);
   await vmm.guestSays("ready");
