@@ -220,26 +220,27 @@ static void read_zero_page(const u8 *zero_page)
 }
 
 /*
- * Page tables: 4 GiB one to one, in pages of 2 MiB, writable and open to CPL 3;
- * from 3 GiB on, where devices are, uncached.
+ * Page tables: 5 GiB one to one, in pages of 2 MiB, writable and open to CPL 3;
+ * the fourth, where devices are, uncached.
  */
+#define GIBS		5u
 #define PTE_USER	7ull
 #define PTE_UNCACHED	(3ull << 3)
 #define PTE_LARGE	(1ull << 7)
-#define DEVICES		(3 * 512u)
+#define DEVICES_GIB	3u
 
-u64 page_tables[6][512] __attribute__((aligned(4096)));
+u64 page_tables[2 + GIBS][512] __attribute__((aligned(4096)));
 
 static void set_page_tables(void)
 {
 	u32 i;
 
 	page_tables[0][0] = (u64)page_tables[1] | PTE_USER;
-	for (i = 0; i < 4; i++)
+	for (i = 0; i < GIBS; i++)
 		page_tables[1][i] = (u64)page_tables[2 + i] | PTE_USER;
-	for (i = 0; i < 4 * 512; i++)
+	for (i = 0; i < GIBS * 512; i++)
 		page_tables[2 + i / 512][i % 512] = (u64)i << 21 | PTE_LARGE | PTE_USER |
-						    (i < DEVICES ? 0 : PTE_UNCACHED);
+						    (i / 512 == DEVICES_GIB ? PTE_UNCACHED : 0);
 	asm volatile("movq %0, %%cr3" : : "r" (page_tables) : "memory");
 }
 

@@ -3,7 +3,7 @@
  * What a freestanding guest needs: printing on COM1, ports, PCI configuration,
  * the zero page, CPL 3, several CPUs, the end. A guest is one C file with
  * guest_main() in it, which runs on CPU 0. Memory is mapped one to one up to
- * 4 GiB, for CPL 3 as well, so a pointer is a gpa. Interrupts are off.
+ * 5 GiB, for CPL 3 as well, so a pointer is a gpa. Interrupts are off.
  */
 #ifndef GUEST_LIB_H
 #define GUEST_LIB_H

@@ -6,6 +6,7 @@ import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import * as assert from "uvu/assert";
 import { buildTestGuest } from "../guest/build.js";
+import { sized } from "../soak.js";
 import { type Host, shellQuote } from "./host.js";
 import { RunningVmm } from "./support.js";
 
@@ -176,8 +177,37 @@ async function lose(host: Host, name: string, instead: string, why: string): Pro
   assert.ok(stats.get("hypercalls/status/gone")! >= 1);
 }
 
+/** Maps in all, by this many CPUs. */
+const MAPS = sized(8_000, 10_000_000);
+const CPUS = 4;
+/** What devices may pin is less than what the CPUs have mapped at times, and far less than what they map in turn. */
+const LIMIT_BYTES = 2 ** 18;
+
+async function underPressure(host: Host): Promise<void> {
+  const image = await buildTestGuest("stress", host.shareDir);
+  const devices = Array.from({ length: CPUS }, () => ["--assign", "emul:edu,dma=cached,dma_mask=0xffffffff"]);
+  const limits = ["--dma-limit", String(LIMIT_BYTES), "--dma-granule", "16K", "--dma-idle", "1"];
+  const args = ["--cpus", String(CPUS), ...devices.flat(), ...limits, "--cmdline", `maps=${MAPS / CPUS}`];
+  const vmm = await RunningVmm.start(host, [...MEMORY, ...args, "--kernel", image]);
+  const found = await vmm.guestSays("maps", sized(300_000, 7_200_000));
+  const { status, stats } = await vmm.end();
+  const [maps, limited, calls, checks, wrong] = found.split(/ [a-z]+ /).map(Number);
+  console.log(
+    `    ${maps} maps, ${calls} calls, ${limited} limited, ${stats.get("dma/evicted")} granules reclaimed, ` +
+      `${checks} copies compared`,
+  );
+  assert.is(wrong, 0, vmm.process.stdout);
+  assert.is(stats.get("dma/faults"), 0, "a device reached a page that was counted and not mapped");
+  assert.is(status, 0);
+  assert.ok(maps! >= MAPS && checks! > MAPS / 500 && limited! > 0 && stats.get("dma/evicted")! > MAPS / 100);
+  assert.ok(stats.get("dma/peak_pinned_bytes")! <= LIMIT_BYTES);
+  for (const name of ["dma/mapped_bytes", "dma/pinned_bytes", "dma/entries", "dma/stuck_mappings"])
+    assert.is(stats.get(name), 0, name);
+}
+
 export const emulatedTests: readonly (readonly [name: string, body: (host: Host) => Promise<void>])[] = [
   ["an emulated edu does what QEMU's does, and reaches nothing that is not mapped", emulatedFacts],
+  ["policy cached, all CPUs at random, with too little to pin: no wrong byte", underPressure],
   [
     "the same in a domain of its own, beside another edu",
     async (host) => {
