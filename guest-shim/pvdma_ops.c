@@ -166,13 +166,30 @@ static inline void pvdma_count_uncounted(struct pvdma_device *p, u64 pages)
 	this_cpu_dec(p->counters->outstanding);
 }
 
+/* Whether the device can emit all addresses of a range, which has some. */
+static __always_inline bool pvdma_within(u64 below, u64 bytes, u64 iova_max)
+{
+	return below <= iova_max && bytes - 1 <= iova_max - below;
+}
+
+/*
+ * The usual case of policy cached, in as few instructions as it takes. Without a table
+ * there are no pages, and it is never the case.
+ */
+static __always_inline bool pvdma_count_quickly(struct pvdma_device *p, u64 below,
+						u64 bytes, u64 iova_max)
+{
+	return likely(pvdma_within(below, bytes, iova_max) &&
+		      pvdma_table_count_one(&p->table, below, bytes));
+}
+
 /* Counts one range of a map, if the device can emit its addresses. Returns a status. */
 static u32 pvdma_count_range(struct pvdma_device *p, u64 below, u64 bytes, u64 iova_max,
 			     unsigned long attrs, bool *missing)
 {
 	u32 status = PVDMA_STATUS_INVALID;
 
-	if (likely(below <= iova_max && bytes - 1 <= iova_max - below))
+	if (likely(pvdma_within(below, bytes, iova_max)))
 		status = pvdma_table_count(&p->table, below, bytes, missing);
 	if (unlikely(status)) {
 		this_cpu_inc(p->counters->errors[status]);
@@ -396,15 +413,10 @@ static bool pvdma_let_idle(struct pvdma_device *p, u64 iova, u64 bytes)
 	return idled != PVDMA_NOT_KNOWN;
 }
 
-/*
- * The usual case of policy cached, in as few instructions as it takes. Without a table
- * there are no pages, and it is never the case.
- */
 static __always_inline bool pvdma_map_quickly(struct pvdma_device *p, u64 below, u64 bytes,
 					      u64 iova_max)
 {
-	if (below > iova_max || bytes - 1 > iova_max - below ||
-	    !pvdma_table_count_one(&p->table, below, bytes))
+	if (!pvdma_count_quickly(p, below, bytes, iova_max))
 		return false;
 	this_cpu_inc(p->counters->maps);
 	pvdma_count_counted(p, 1);
@@ -461,15 +473,13 @@ u32 pvdma_take(struct pvdma_device *p, u64 iova, u64 bytes)
 }
 
 static noinline dma_addr_t pvdma_map_slowly(struct pvdma_device *p, struct device *dev,
-					    phys_addr_t phys, size_t size,
+					    phys_addr_t phys, size_t size, u64 iova_max,
 					    enum dma_data_direction dir,
 					    unsigned long attrs)
 {
-	u64 iova_max = pvdma_streaming_max(p, dev);
+	u32 flags = pvdma_streaming_flags(p, dev, dir);
 	u64 iova;
-	u32 flags;
 
-	flags = pvdma_streaming_flags(p, dev, dir);
 	/* a device that is gone has nothing mapped, whatever the books say */
 	if (p->lazy && !READ_ONCE(p->lost) && pvdma_reuse(p, phys, size, iova_max, flags, &iova))
 		return iova;
@@ -485,12 +495,14 @@ static __always_inline dma_addr_t pvdma_map_phys(struct device *dev, phys_addr_t
 						 unsigned long attrs)
 {
 	struct pvdma_device *p = pvdma_of(dev);
+	u64 iova_max;
 
 	if (unlikely(!p))
 		return DMA_MAPPING_ERROR;
-	if (likely(pvdma_map_quickly(p, phys, size, pvdma_streaming_max(p, dev))))
+	iova_max = pvdma_streaming_max(p, dev);
+	if (likely(pvdma_map_quickly(p, phys, size, iova_max)))
 		return phys;
-	return pvdma_map_slowly(p, dev, phys, size, dir, attrs);
+	return pvdma_map_slowly(p, dev, phys, size, iova_max, dir, attrs);
 }
 
 static noinline void pvdma_unmap_slowly(struct pvdma_device *p, dma_addr_t iova, size_t size)
@@ -665,7 +677,7 @@ static int pvdma_segments_end(struct pvdma_segments *s, int nents)
 	return s->count;
 }
 
-/* sg_next() without a call in the usual case; not of the last entry. */
+/* sg_next(), without a call unless the entry is the last, or of a table. */
 static __always_inline struct scatterlist *pvdma_sg_next(struct scatterlist *sg)
 {
 	return likely(!sg_is_last(sg) && !sg_is_chain(sg + 1)) ? sg + 1 : sg_next(sg);
@@ -747,8 +759,7 @@ static int pvdma_map_sg_cached(struct pvdma_device *p, struct device *dev,
 		u64 below = sg_phys(sg);
 		u64 bytes = sg->length;
 
-		if (likely(below <= iova_max && bytes - 1 <= iova_max - below &&
-			   pvdma_table_count_one(&p->table, below, bytes))) {
+		if (pvdma_count_quickly(p, below, bytes, iova_max)) {
 			pages++;
 		} else if (bytes) {
 			status = pvdma_count_range(p, below, bytes, iova_max, attrs, &missing);

@@ -41,13 +41,6 @@ struct pvdma_table {
  */
 #define PVDMA_TABLE_COUNT_MAX	((PVDMA_TABLE_COUNT_MASK >> 1) + 1)
 
-/* Whether a map, which found this in an entry, has no more to do for the page. */
-static inline bool pvdma_entry_is_good(u32 before)
-{
-	return (before & (PVDMA_TABLE_PINNED | PVDMA_TABLE_USED | PVDMA_TABLE_COUNT_MAX)) ==
-	       (PVDMA_TABLE_PINNED | PVDMA_TABLE_USED);
-}
-
 /* Takes one from a page's count; false, and nothing changed, when it is 0. */
 static inline bool pvdma_entry_uncount(u32 *entry)
 {
@@ -69,6 +62,20 @@ static inline void pvdma_entry_use(u32 *entry)
 		;
 }
 
+/*
+ * Counts a page that the host need not hear of, and says that it is used. Else false,
+ * and it is counted as well; @before is what the entry held.
+ */
+static inline bool pvdma_entry_count(u32 *entry, u32 *before)
+{
+	*before = pvdma_entry_add_one(entry);
+	if ((*before & (PVDMA_TABLE_PINNED | PVDMA_TABLE_COUNT_MAX)) != PVDMA_TABLE_PINNED)
+		return false;
+	if (!(*before & PVDMA_TABLE_USED))
+		pvdma_entry_use(entry);
+	return true;
+}
+
 /* Whether the table has entries for all pages of [@gpa, @bytes), of which there are some. */
 static inline bool pvdma_table_covers(const struct pvdma_table *table, u64 gpa, u64 bytes)
 {
@@ -78,30 +85,30 @@ static inline bool pvdma_table_covers(const struct pvdma_table *table, u64 gpa, 
 	       pvdma_pages(gpa, bytes) <= table->pages - first;
 }
 
-/* The entry of a range within one page; NULL when it is none, or not the table's. */
-static inline u32 *pvdma_table_one(const struct pvdma_table *table, u64 gpa, u64 bytes)
+/* Whether a range lies in one page, and that page has an entry. */
+static inline bool pvdma_table_is_one(const struct pvdma_table *table, u64 gpa, u64 bytes)
 {
 	u64 offset = gpa & (PVDMA_PAGE_BYTES - 1);
 
-	if (gpa >> PVDMA_PAGE_SHIFT >= table->pages || bytes - 1 >= PVDMA_PAGE_BYTES - offset)
-		return (u32 *)0;
-	return &table->entries[gpa >> PVDMA_PAGE_SHIFT];
+	return gpa >> PVDMA_PAGE_SHIFT < table->pages && bytes - 1 < PVDMA_PAGE_BYTES - offset;
 }
 
 /**
  * pvdma_table_count_one() - pvdma_table_count() in the usual case, in a few instructions
  *
  * Return: false, and nothing is counted, when it is another: more pages than one, or
- * one that the host has to hear of.
+ * one that the host has to hear of. To the protocol that is a map that fails at once.
  */
 static inline bool pvdma_table_count_one(const struct pvdma_table *table, u64 gpa,
 					 u64 bytes)
 {
-	u32 *entry = pvdma_table_one(table, gpa, bytes);
+	u32 *entry;
+	u32 before;
 
-	if (!entry)
+	if (!pvdma_table_is_one(table, gpa, bytes))
 		return false;
-	if (pvdma_entry_is_good(pvdma_entry_add_one(entry)))
+	entry = &table->entries[gpa >> PVDMA_PAGE_SHIFT];
+	if (pvdma_entry_count(entry, &before))
 		return true;
 	pvdma_entry_uncount(entry);
 	return false;
@@ -111,9 +118,8 @@ static inline bool pvdma_table_count_one(const struct pvdma_table *table, u64 gp
 static inline bool pvdma_table_uncount_one(const struct pvdma_table *table, u64 gpa,
 					   u64 bytes)
 {
-	u32 *entry = pvdma_table_one(table, gpa, bytes);
-
-	return entry && pvdma_entry_uncount(entry);
+	return pvdma_table_is_one(table, gpa, bytes) &&
+	       pvdma_entry_uncount(&table->entries[gpa >> PVDMA_PAGE_SHIFT]);
 }
 
 /**
@@ -132,9 +138,11 @@ static inline bool pvdma_table_uncount(const struct pvdma_table *table, u64 gpa,
 		return false;
 	end = first + pvdma_pages(gpa, bytes);
 	/* first a look: a count that is 0 for a moment is the host's to reclaim */
-	for (page = first; page < end && end - first > 1; page++) {
-		if (!(pvdma_entry_read(&table->entries[page]) & PVDMA_TABLE_COUNT_MASK))
-			return false;
+	if (end - first > 1) {
+		for (page = first; page < end; page++) {
+			if (!(pvdma_entry_read(&table->entries[page]) & PVDMA_TABLE_COUNT_MASK))
+				return false;
+		}
 	}
 	for (page = first; page < end; page++)
 		all &= pvdma_entry_uncount(&table->entries[page]);
@@ -159,19 +167,16 @@ static inline u32 pvdma_table_count(const struct pvdma_table *table, u64 gpa,
 	end = first + pvdma_pages(gpa, bytes);
 	for (page = first; page < end; page++) {
 		u32 *entry = &table->entries[page];
-		u32 before = pvdma_entry_add_one(entry);
+		u32 before;
 
-		if (pvdma_entry_is_good(before))
+		if (pvdma_entry_count(entry, &before))
 			continue;
 		if ((before & PVDMA_TABLE_COUNT_MASK) >= PVDMA_TABLE_COUNT_MAX) {
 			pvdma_table_uncount(table, first << PVDMA_PAGE_SHIFT,
 					    (page - first + 1) << PVDMA_PAGE_SHIFT);
 			return PVDMA_STATUS_LIMIT;
 		}
-		if (!(before & PVDMA_TABLE_PINNED))
-			*missing = true;
-		else if (!(before & PVDMA_TABLE_USED))
-			pvdma_entry_use(entry);
+		*missing = true;
 	}
 	return PVDMA_STATUS_OK;
 }

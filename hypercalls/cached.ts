@@ -38,7 +38,7 @@ const PINNED = TABLE.pinned | 0;
 const USED = TABLE.used;
 const COUNT = TABLE.countMask;
 /** Half of what a count can hold: as many mappings may be under way on other CPUs when one is refused. */
-const COUNT_MAX = COUNT >>> 1;
+const COUNT_MAX = (COUNT >>> 1) + 1;
 
 const LIMIT_COUNT = status(STATUS.limit, ERRNO.EOVERFLOW);
 

@@ -42,8 +42,8 @@ export class SoftDmaPort implements DmaPort {
   readonly #vectors = new Uint32Array(new ArrayBuffer(VECTORS_MAX * VECTOR_WORDS * 4));
   readonly #vectorsAddress: number;
   #vectorCount = 0;
-  /** Where the last of them ends. */
-  #vectorEnd = 0;
+  /** Where the last of them ends; -1: there is none. */
+  #vectorEnd = -1;
   /** Of the access under way that was refused: its first byte that was. */
   #refusedAt = 0;
 
@@ -98,7 +98,7 @@ export class SoftDmaPort implements DmaPort {
       if ((flags & FLAG.busMaster) === 0) return REFUSED;
       this.tlb.catchUp();
       this.#vectorCount = 0;
-      this.#vectorEnd = 0;
+      this.#vectorEnd = -1;
       for (let i = 0; i < segments; i++) {
         const fault = this.#pieces(iovas[i]!, undefined, 0, lengths[i]!, MAP_FLAG.write);
         if (fault !== DMA_FAULT.none || this.#vectorCount > VECTORS_MAX) return REFUSED;

@@ -7,7 +7,7 @@
 //   unmap, under the IOMMU's lock            access, on the device's thread
 //   U1  clear the slots of the page table    D1  section := odd
 //   U2  post the range, generation := g      D2  read the generation; drop from the IOTLB what was posted since
-//   U3  read section of each lane            D3  look up, walk, copy
+//   U3  read section of each lane            D3  look up, walk, copy (or a system call does)
 //       odd: wait until it is another        D4  section := even
 //
 // If U3 reads a section that D1 has not made odd yet, then U3 is before D1 and U2 before D2: the access sees generation
@@ -30,7 +30,7 @@
 
 import { FLAG, HEADER, INVALIDATIONS, LANE, LANE_WORDS, type Shared } from "./shared.js";
 
-/** Looks at a section this often before it sleeps: an access of a page takes less. */
+/** Looks at a section this often before it sleeps: a copy of a page takes less, a system call does not. */
 const SPINS = 200;
 /** Generations, a power of two far below 2^31, after which lanes are told to drop everything. */
 const TURN = 2 ** 30;

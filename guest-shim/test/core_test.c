@@ -394,7 +394,7 @@ static void one_page_is_counted_in_the_usual_case_only(void)
 		{ (PINNED | USED) + 1, true },
 		{ (PINNED | USED) + PVDMA_TABLE_COUNT_MAX - 1, true },
 		{ (PINNED | USED) + PVDMA_TABLE_COUNT_MAX, false },
-		{ PINNED, false },
+		{ PINNED + PVDMA_TABLE_COUNT_MAX, false },
 		{ USED, false },
 		{ USED + 3, false },
 		{ 0, false },
@@ -406,6 +406,11 @@ static void one_page_is_counted_in_the_usual_case_only(void)
 		EQUAL(pvdma_table_count_one(&table, 0x2000, 4096), cases[i].usual);
 		EQUAL(entries[2], cases[i].entry + cases[i].usual);
 	}
+	/* the host is told that it is used */
+	entries[2] = PINNED;
+	EQUAL(pvdma_table_count_one(&table, 0x2000, 4096), true);
+	EQUAL(entries[2], (PINNED | USED) + 1);
+
 	entries[2] = PINNED | USED;
 	EQUAL(pvdma_table_count_one(&table, 0x2fff, 1), true);
 	EQUAL(pvdma_table_count_one(&table, 0x2ffe, 2), true);

@@ -101,9 +101,14 @@ export class BackingFile {
     }
   }
 
-  /** readNow() into memory that struct iovec[] at `vectors` name, `bytes` in all. 0 or WOULD_WAIT: then any of it is filled. */
+  /**
+   * Reads what the page cache has, `bytes` in all, into the memory that struct iovec[] at `vectors` names: 0, or WOULD_WAIT and
+   * any of it is filled. Waits for no data, though a disk may have to take the request for it.
+   */
   readNowInto(vectors: number, count: number, bytes: number, offset: number): number {
-    return this.#natives.readCachedInto!(this.#fd, vectors, count, offset) === bytes ? 0 : WOULD_WAIT;
+    const done = this.#natives.readCachedInto!(this.#fd, vectors, count, offset);
+    if (done === -EOPNOTSUPP) this.#canReadCached = false;
+    return done === bytes ? 0 : WOULD_WAIT;
   }
 
   /** Whether readNowInto() may be asked. */

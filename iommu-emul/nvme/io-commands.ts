@@ -1,6 +1,7 @@
 // The NVM command set (6). Everything is checked before data moves; data of a command is read from the guest once, and
-// goes through the command's own buffer. Blocks are the namespace's, offsets and lengths bytes of the file.
+// goes through the command's own buffer; what is read and cached goes to the guest at once. Blocks are the namespace's, offsets and lengths bytes of the file.
 
+import { REFUSED } from "../device.js";
 import { WOULD_WAIT } from "./backing-file.js";
 import type { Command } from "./command.js";
 import type { ControllerCore } from "./core.js";
@@ -79,18 +80,21 @@ export class IoCommands {
     const core = this.#core;
     const status = core.transfer.resolve(command, command.bytes);
     if (status !== STATUS.ok) return status;
-    if (core.disk.canReadInto && this.#readInPlace(command)) return this.#wasRead(command);
-    const errno = core.disk.readNow(command.data, command.bytes, command.fileOffset);
-    if (errno !== WOULD_WAIT) return this.#afterRead(command, errno);
+    const inPlace = core.disk.canReadInto ? this.#readInPlace(command) : REFUSED;
+    if (inPlace === 0) return this.#wasRead(command);
+    if (inPlace === REFUSED) {
+      const errno = core.disk.readNow(command.data, command.bytes, command.fileOffset);
+      if (errno !== WOULD_WAIT) return this.#afterRead(command, errno);
+    }
     const operation = core.disk.readLater(command.data, command.bytes, command.fileOffset);
     return core.later(command, operation, this.#afterRead);
   }
 
-  /** From the page cache to the guest in one copy. False: it is to be read the other way, whatever came of this one. */
-  #readInPlace(command: Command): boolean {
+  /** From the page cache to the guest in one copy: 0, WOULD_WAIT (and any of it is there), or REFUSED. */
+  #readInPlace(command: Command): number {
     this.#reading = command;
     const { segmentIova, segmentBytes, segments } = command;
-    return this.#core.dma.writeInPlace(segmentIova, segmentBytes, segments, this.#readInto) === 0;
+    return this.#core.dma.writeInPlace(segmentIova, segmentBytes, segments, this.#readInto);
   }
 
   readonly #readInto = (vectors: number, count: number): number => {

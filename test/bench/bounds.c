@@ -7,7 +7,7 @@
  *	bounds vfio GROUP BDF		/dev/vfio/GROUP
  *
  * Prints lines `NAME NANOSECONDS…', a figure for each of ROUNDS rounds; `exit' also a
- * line `cycles', the time stamp counter's in a microsecond.
+ * line `cycles', the time stamp counter's in a millisecond.
  */
 #include <fcntl.h>
 #include <linux/kvm.h>
@@ -128,7 +128,7 @@ static void cycles(void)
 
 	while (now() - start < ROUND_NS)
 		;
-	printf("cycles %lu\n", (__rdtsc() - first) * 1000 / (now() - start));
+	printf("cycles %lu\n", (__rdtsc() - first) * 1000000 / (now() - start));
 }
 
 static int vcpu;

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Policy cached under pressure: every CPU maps and unmaps at random, several ranges
- * at a time, of pages that all CPUs have in common, most often of few that are hot; now and then an edu copies from
- * one of them to a page that is mapped for that, and what arrives is compared. Each
- * CPU has an edu of its own, as far as there are any, or shares one; all are of one
- * domain. The quota is the test's to set: so low that the host has to reclaim.
+ * at a time, of pages that all CPUs have in common, most often of few that are hot;
+ * now and then an edu copies from one of them to a page that is mapped for that, and
+ * what arrives is compared. Each CPU has an edu of its own, as far as there are any,
+ * or shares one; all are of one domain. The quota is the test's to set: so low that the host has to reclaim.
  *
  * maps=N: by each CPU, at least (default 10000); check=N: copies in as many steps
  * (default 100). Ends with
@@ -13,11 +13,11 @@
  */
 #include "edu.h"
 
-#define POOL		256u	/* pages in common, which are only read */
+#define POOL		256u	/* pages in common; devices only read them */
 #define RANGE_PAGES	3u	/* that one mapping has at most */
 #define HELD		16u	/* mappings that a CPU has at a time */
 #define HOT		40u	/* pages that most maps are of, for a while */
-#define HOT_MAPS	4096u	/* that while */
+#define HOT_MAPS	512u	/* that while */
 #define WORDS		(4096u / 4)
 #define DEVICES		4u
 

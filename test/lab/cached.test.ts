@@ -88,7 +88,9 @@ lab.test("calls counted: cached none for 100,000 pairs, strict two for each pair
       const calls = ["map", "map_list", "unmap", "unmap_list", "table", "release"].map(
         (call) => host.get(`devices/${disk.name}/hypercalls/${call}/calls`)!,
       );
-      return [made("maps"), made("map_lists"), calls.reduce((sum, each) => sum + each, 0)] as const;
+      // What was asked again is no operation of the driver's.
+      const called = calls.reduce((sum, each) => sum + each, 0) - made("retries");
+      return [made("maps"), made("map_lists"), called] as const;
     };
     const before = await look();
     // It ends with an error, so that it is not there afterwards.

@@ -162,10 +162,14 @@ function runDevice(job: StressJob): void {
       buffer.copy(Buffer.from(memory, vectors[i * 4]!, bytes), 0, from, from + bytes);
       from += bytes;
     }
+    if (from !== moving) throw new Error(`${from} bytes in ${count} pieces, not ${moving}`);
     return DMA_FAULT.none;
   };
-  const writeInPlace = (at: number, bytes: number) =>
-    port.writeInPlace(Float64Array.of(at), Int32Array.of(bytes), 1, move);
+  let moving = 0;
+  const writeInPlace = (at: number, bytes: number) => {
+    moving = bytes;
+    return port.writeInPlace(Float64Array.of(at), Int32Array.of(bytes), 1, move);
+  };
   const control = new Int32Array(job.control);
   const current = new Int32Array(job.current);
   const random = new Random(job.seed);
