@@ -66,9 +66,9 @@ export interface DmaPort {
   /**
    * Has a system call put the device's data where it belongs, without a copy of it: calls `move` once, with the address
    * of `count` (1 to 1024) struct iovec over the memory of all segments in their order, and returns what it returned.
-   * Unmaps wait until it returns, so it must not wait for a disk. `move` may fill any part of the memory. REFUSED, and nothing done or recorded,
-   * when it cannot be had in place or some of it not at all: write() then does what can be done, and records why.
-   * `lengths` are more than 0.
+   * Unmaps wait until it returns, so it must not wait for a disk. It may fill any part of the memory. REFUSED, and
+   * nothing is done or recorded, when memory cannot be had in place, or some of it not at all: write() then does what
+   * can be done, and records why. `lengths` are more than 0.
    */
   writeInPlace(
     iovas: Float64Array,
