@@ -38,8 +38,9 @@ export class SoftDmaPort implements DmaPort {
   readonly #words: Int32Array[];
   /** Where the windows are, for system calls. */
   readonly #hvas: Float64Array;
-  /** struct iovec[], in an ArrayBuffer of its own, which does not move; 0: there is no address to give away. */
+  /** struct iovec[], in an ArrayBuffer of its own, which does not move. */
   readonly #vectors = new Uint32Array(new ArrayBuffer(VECTORS_MAX * VECTOR_WORDS * 4));
+  /** 0: there is none to give away. */
   readonly #vectorsAddress: number;
   #vectorCount = 0;
   /** Where the last of them ends; -1: there is none. */
@@ -93,10 +94,7 @@ export class SoftDmaPort implements DmaPort {
     const lane = this.#lane;
     lane.enter();
     try {
-      const flags = lane.takeFlags();
-      if ((flags & FLAG.flush) !== 0) this.tlb.flush();
-      if ((flags & FLAG.busMaster) === 0) return REFUSED;
-      this.tlb.catchUp();
+      if (!this.#begin()) return REFUSED;
       this.#vectorCount = 0;
       this.#vectorEnd = -1;
       for (let i = 0; i < segments; i++) {
@@ -119,12 +117,7 @@ export class SoftDmaPort implements DmaPort {
     let fault: DmaFault = DMA_FAULT.noBusMaster;
     lane.enter();
     try {
-      const flags = lane.takeFlags();
-      if ((flags & FLAG.flush) !== 0) this.tlb.flush();
-      if ((flags & FLAG.busMaster) !== 0) {
-        this.tlb.catchUp();
-        fault = this.#pieces(iova, buffer, at, bytes, access);
-      }
+      if (this.#begin()) fault = this.#pieces(iova, buffer, at, bytes, access);
     } finally {
       lane.leave();
     }
@@ -133,6 +126,15 @@ export class SoftDmaPort implements DmaPort {
       this.#faults.record(this.#refusedAt, access === MAP_FLAG.write, fault);
     }
     return fault;
+  }
+
+  /** D2, after enter(): false without bus mastering, else the IOTLB holds nothing that was unmapped. */
+  #begin(): boolean {
+    const flags = this.#lane.takeFlags();
+    if ((flags & FLAG.flush) !== 0) this.tlb.flush();
+    if ((flags & FLAG.busMaster) === 0) return false;
+    this.tlb.catchUp();
+    return true;
   }
 
   /** Translates; copies what is contiguous in memory as one piece, or without a buffer notes where it is. */

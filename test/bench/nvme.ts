@@ -95,7 +95,8 @@ try {
         title: "The emulated NVMe disk, ours and QEMU's",
         about:
           `fio with io_uring in the same guest (kernel 6.12, 1 vCPU, 512 MiB), after a warm-up, over a file of ${DISK_MIB} MiB ` +
-          `in the host's memory. All guests are there at once and take turns of ${SECONDS} s: medians of ${ROUNDS * TURNS}. Ours behind the software IOMMU: with all of the guest's memory mapped ` +
+          `in the host's memory. All guests are there at once and take turns of ${SECONDS} s: medians of ${ROUNDS * TURNS}. ` +
+          "Ours behind the software IOMMU: with all of the guest's memory mapped " +
           "(pinned), and with the module, which makes no call for what is still mapped (cached) or one for each map and " +
           "unmap (strict). QEMU's disk reaches all memory.",
         unit: "MiB/s",
