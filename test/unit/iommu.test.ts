@@ -533,6 +533,7 @@ waiting("an unmap waits for what is moved in place", async () => {
   const { take } = inPlacePort(shared, window);
   const worker = unmapper(shared, "unmap");
   const unmapped = once(worker, "message");
+  const exited = once(worker, "exit");
   // The unmap's thread takes longer to begin than this one.
   let begun = false;
   for (let tries = 0; tries < 10 && !begun; tries++) {
@@ -550,7 +551,7 @@ waiting("an unmap waits for what is moved in place", async () => {
     take([AT], [4], () => assert.fail("it was begun")),
     REFUSED,
   );
-  await once(worker, "exit");
+  await exited;
 });
 
 waiting("an access of another device, or a later one, holds nobody up", () => {
