@@ -95,6 +95,7 @@ const RUN_SHIFT = 2;
 
 // A mapping, beside the IOVA node that holds its range.
 const MAPPING_HANDLE = 0;
+/** Its first run; or, of a mapping that is one run, ~ of the run's first RAM page, and no run is taken for it. */
 const MAPPING_RUNS = 1;
 /** Pages that the backend has not unmapped yet: all of them, fewer when it is stuck half way. */
 const MAPPING_REACHABLE = 2;
@@ -307,15 +308,9 @@ export class TranslatedDomain implements Domain {
 
   /** Enters a mapping with its first `count` runs, of which `pages` pages are reachable. */
   #record(handle: number, node: number, runs: RunList, count: number, pages: number): void {
-    const words = this.#runs;
-    let head = 0;
-    for (let run = count - 1; run >= 0; run--) {
-      const at = this.#newRun() << RUN_SHIFT;
-      words[at + RUN_RAM_PAGE] = runs.ramPage[run]!;
-      words[at + RUN_PAGES] = runs.runPages[run]!;
-      words[at + RUN_NEXT] = head;
-      head = at >> RUN_SHIFT;
-    }
+    this.#header[RUNS_USED]! += count;
+    const isOneRun = count === 1 && pages === this.#allocator.pages(node);
+    const head = isOneRun ? ~runs.ramPage[0]! : this.#chain(runs, count);
     const at = node << MAPPING_SHIFT;
     this.#mappings[at + MAPPING_HANDLE] = handle;
     this.#mappings[at + MAPPING_RUNS] = head;
@@ -325,26 +320,51 @@ export class TranslatedDomain implements Domain {
     this.#devicePages[0]! += pages;
   }
 
+  /** Takes runs of the pool for the first `count` of the list; returns the first one. */
+  #chain(runs: RunList, count: number): number {
+    const words = this.#runs;
+    let head = 0;
+    for (let run = count - 1; run >= 0; run--) {
+      const at = this.#newRun() << RUN_SHIFT;
+      words[at + RUN_RAM_PAGE] = runs.ramPage[run]!;
+      words[at + RUN_PAGES] = runs.runPages[run]!;
+      words[at + RUN_NEXT] = head;
+      head = at >> RUN_SHIFT;
+    }
+    return head;
+  }
+
   /** Removes a mapping that the device no longer reaches: its pins, its runs, its range. */
   #forget(node: number): void {
-    const words = this.#runs;
     const at = node << MAPPING_SHIFT;
     const handle = this.#mappings[at + MAPPING_HANDLE]!;
+    const head = this.#mappings[at + MAPPING_RUNS]!;
+    let pages: number;
+    if (head < 0) {
+      pages = this.#allocator.pages(node);
+      this.#unpin(handle, ~head, pages);
+      this.#header[RUNS_USED]!--;
+    } else pages = this.#unchain(handle, head);
+    this.#devicePages[handle]! -= pages;
+    this.#devicePages[0]! -= pages;
+    this.#allocator.free(node);
+  }
+
+  /** Unpins a chain of runs and gives it back to the pool; returns its pages. */
+  #unchain(handle: number, head: number): number {
+    const words = this.#runs;
     let pages = 0;
-    let run = this.#mappings[at + MAPPING_RUNS]!;
-    while (run !== 0) {
-      const runAt = run << RUN_SHIFT;
-      const next = words[runAt + RUN_NEXT]!;
-      this.#unpin(handle, words[runAt + RUN_RAM_PAGE]!, words[runAt + RUN_PAGES]!);
-      pages += words[runAt + RUN_PAGES]!;
-      words[runAt + RUN_NEXT] = this.#header[RUN_HEAD]!;
+    for (let run = head; run !== 0; ) {
+      const at = run << RUN_SHIFT;
+      const next = words[at + RUN_NEXT]!;
+      this.#unpin(handle, words[at + RUN_RAM_PAGE]!, words[at + RUN_PAGES]!);
+      pages += words[at + RUN_PAGES]!;
+      words[at + RUN_NEXT] = this.#header[RUN_HEAD]!;
       this.#header[RUN_HEAD] = run;
       this.#header[RUNS_USED]!--;
       run = next;
     }
-    this.#devicePages[handle]! -= pages;
-    this.#devicePages[0]! -= pages;
-    this.#allocator.free(node);
+    return pages;
   }
 
   #unpin(handle: number, ramPage: number, pages: number): void {
@@ -355,7 +375,6 @@ export class TranslatedDomain implements Domain {
   /** A run of the pool; there are as many as entries, and map looked before. */
   #newRun(): number {
     const header = this.#header;
-    header[RUNS_USED]!++;
     const run = header[RUN_HEAD]!;
     if (run === 0) return ++header[RUNS_TOUCHED]!;
     header[RUN_HEAD] = this.#runs[(run << RUN_SHIFT) + RUN_NEXT]!;

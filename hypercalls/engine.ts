@@ -229,7 +229,8 @@ export class Engine {
     this.lane = new StatsLane(state.lanes, lane, config.devices.length);
     this.injector = new Injector(state.injection);
     this.ram = new GuestRam(config.ram);
-    this.#pins = new Pins(state.pins, config.quotaBytes, "own");
+    // Counts of one domain are changed by whoever holds its lock.
+    this.#pins = new Pins(state.pins, config.quotaBytes, config.domains.length > 1 ? "own" : "callers");
     const devicePins = config.devices.map((device, index) => {
       const sharing = config.devices.filter(({ domain }) => domain === device.domain);
       const common = config.domains[device.domain]!.kind !== "translated";
@@ -581,10 +582,13 @@ export class Engine {
     }
   }
 
-  /** Of the call's handle. */
+  /**
+   * Of the call's handle. A plain load: a device that goes this moment is seen under its domain's lock by a map, and an unmap
+   * finds nothing to undo.
+   */
   #checkHandle(): number {
     if (this.handle === 0) return INVALID_HANDLE;
-    return Atomics.load(this.#devices, this.handle) === ASSIGNED ? OK : GONE;
+    return this.#devices[this.handle] === ASSIGNED ? OK : GONE;
   }
 
   #checkMap(flags: number): number {
@@ -628,7 +632,7 @@ export class Engine {
     const lock = this.#locks[index]!;
     lock.acquire();
     try {
-      if (Atomics.load(this.#devices, handle) !== ASSIGNED) return GONE;
+      if (this.#devices[handle] !== ASSIGNED) return GONE;
       return this.#domains[index]!.map(handle, this.#runs, lastPage, flags);
     } finally {
       lock.release();

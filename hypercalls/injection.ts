@@ -199,7 +199,8 @@ export class Injector {
    * lock. Returns the errno with which the call is to fail, or 0. Without a rule it costs one atomic load.
    */
   decide(kind: number, handle: number, bytes: number): number {
-    return Atomics.load(this.#words, RULES) === 0 ? 0 : this.#ask(kind, handle, bytes);
+    // A plain load: it may be a rule late, no more, and on a path where an atomic one is a call it is none.
+    return this.#words[RULES] === 0 ? 0 : this.#ask(kind, handle, bytes);
   }
 
   #wakeOf(index: number): void {

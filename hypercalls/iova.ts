@@ -14,6 +14,9 @@
 // lookup ends after a few slots (expected, not worst case; the keys are ours to choose, not the guest's).
 // The price: when no range of a larger size class is left, only the first of the request's own class is looked at,
 // so a request for which there would be just enough room can fail where an exhaustive search would not.
+//
+// Before all this: single pages, which are most of what drivers map, are kept at hand when they are freed, a few of
+// them, uncut and in the hash table, and go out again first. They are given back when anything else finds no room.
 
 import { PAGE_SHIFT } from "./addresses.js";
 import type { BackendLimits } from "./backend.js";
@@ -53,18 +56,27 @@ const NEXT = 3;
 /** The neighbours in the free list. A node that is not in use is chained by FREE_NEXT. */
 const FREE_PREVIOUS = 4;
 const FREE_NEXT = 5;
-/** UNUSED, or zone + 1, and LIVE if so. */
+/** UNUSED, or zone + 1, and LIVE or KEPT if so. A range is free when it is neither. */
 const STATE = 6;
 const NODE_SHIFT = 3;
 
 const UNUSED = 0;
 const LIVE = 0x100;
+const KEPT = 0x200;
 
 // The header.
 const NODES_TOUCHED = 0;
 const UNUSED_HEAD = 1;
 const LIVE_COUNT = 2;
-const HEADER_WORDS = 4;
+/** The pages that are kept, chained by FREE_NEXT. */
+const KEPT_HEAD = 3;
+const KEPT_COUNT = 4;
+const HEADER_WORDS = 8;
+
+/** As many as an NVMe driver has under way in the commonest benchmarks; and giving them all back is bounded work. */
+const KEPT_MAX = 16;
+/** What is below 4 GiB is not kept: it is for devices that can use no other, and they are few. */
+const KEPT_FROM_PAGE = 2 ** (32 - PAGE_SHIFT);
 
 /** Live and free ranges alternate at most, and every stretch between two holes may begin and end with a free one. */
 const nodesFor = (live: number, stretches: number): number => 1 + 2 * live + stretches;
@@ -136,6 +148,10 @@ export class IovaAllocator {
     return (this.#words[this.#nodes + (node << NODE_SHIFT) + STATE]! & LIVE) !== 0;
   }
 
+  #isFree(node: number): boolean {
+    return (this.#words[this.#nodes + (node << NODE_SHIFT) + STATE]! & (LIVE | KEPT)) === 0;
+  }
+
   /** First page of a live range. */
   startPage(node: number): number {
     return this.#words[this.#nodes + (node << NODE_SHIFT) + START]! >>> 0;
@@ -151,7 +167,27 @@ export class IovaAllocator {
    * up to a power of two. Returns the range's node, or 0 when there is no room or as many ranges live as may.
    */
   alloc(pages: number, lastPage: number, align: boolean): number {
-    if (this.#words[LIVE_COUNT]! >= this.#live) return 0;
+    const words = this.#words;
+    const kept = words[KEPT_HEAD]!;
+    if (pages === 1 && kept !== 0 && words[this.#nodes + (kept << NODE_SHIFT) + START]! >>> 0 <= lastPage) {
+      const at = this.#nodes + (kept << NODE_SHIFT);
+      words[KEPT_HEAD] = words[at + FREE_NEXT]!;
+      words[KEPT_COUNT]!--;
+      words[at + STATE]! ^= KEPT | LIVE;
+      words[LIVE_COUNT]!++;
+      return kept;
+    }
+    if (words[LIVE_COUNT]! + words[KEPT_COUNT]! < this.#live) {
+      const node = this.#cut(pages, lastPage, align);
+      if (node !== 0) return node;
+    }
+    if (kept === 0) return 0;
+    this.#giveBackKept();
+    return words[LIVE_COUNT]! < this.#live ? this.#cut(pages, lastPage, align) : 0;
+  }
+
+  /** Takes pages as alloc does, from the free ranges. */
+  #cut(pages: number, lastPage: number, align: boolean): number {
     const limit = Math.min(lastPage, PAGE_LIMIT - 1);
     const alignMask = align && pages > 1 ? 2 ** (32 - Math.clz32(pages - 1)) - 1 : 0;
     for (let zone = ZONES - 1; zone >= 0; zone--) {
@@ -165,18 +201,49 @@ export class IovaAllocator {
   /** Gives a live range back. */
   free(node: number): void {
     const words = this.#words;
-    this.#forget(node);
-    words[LIVE_COUNT]!--;
     const at = this.#nodes + (node << NODE_SHIFT);
+    words[LIVE_COUNT]!--;
+    if (
+      words[at + PAGES] === 1 &&
+      words[KEPT_COUNT]! < KEPT_MAX &&
+      words[at + START]! >>> 0 >= KEPT_FROM_PAGE
+    ) {
+      words[at + STATE]! ^= LIVE | KEPT;
+      words[at + FREE_NEXT] = words[KEPT_HEAD]!;
+      words[KEPT_HEAD] = node;
+      words[KEPT_COUNT]!++;
+      return;
+    }
     words[at + STATE]! &= ~LIVE;
+    this.#join(node);
+  }
 
+  #giveBackKept(): void {
+    const words = this.#words;
+    let node = words[KEPT_HEAD]!;
+    words[KEPT_HEAD] = 0;
+    words[KEPT_COUNT] = 0;
+    while (node !== 0) {
+      const at = this.#nodes + (node << NODE_SHIFT);
+      const next = words[at + FREE_NEXT]!;
+      words[at + STATE]! &= ~KEPT;
+      this.#join(node);
+      node = next;
+    }
+  }
+
+  /** A range that has just become free leaves the hash table and goes into the lists, joined with its neighbours. */
+  #join(node: number): void {
+    const words = this.#words;
+    this.#forget(node);
+    const at = this.#nodes + (node << NODE_SHIFT);
     const next = words[at + NEXT]!;
-    if (next !== 0 && !this.isLive(next)) {
+    if (next !== 0 && this.#isFree(next)) {
       this.#removeFree(next);
       this.#absorbNext(node, next);
     }
     const previous = words[at + PREVIOUS]!;
-    if (previous !== 0 && !this.isLive(previous)) {
+    if (previous !== 0 && this.#isFree(previous)) {
       this.#removeFree(previous);
       this.#absorbNext(previous, node);
       this.#insertFree(previous);
@@ -192,7 +259,8 @@ export class IovaAllocator {
     for (;;) {
       const node = words[this.#table + slot]!;
       if (node === 0) return 0;
-      if (words[this.#nodes + (node << NODE_SHIFT) + START]! >>> 0 === page) return node;
+      if (words[this.#nodes + (node << NODE_SHIFT) + START]! >>> 0 === page)
+        return this.isLive(node) ? node : 0;
       slot = (slot + 1) & this.#tableMask;
     }
   }

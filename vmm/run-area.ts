@@ -106,12 +106,14 @@ export class RunArea {
 
   /** A 64-bit register; exact below 2^53. `offset` is one of REGISTER. */
   u64(offset: number): number {
-    return this.words[offset / 4]! + this.words[offset / 4 + 1]! * 2 ** 32;
+    const at = offset >> 2;
+    return this.words[at]! + this.words[at + 1]! * 2 ** 32;
   }
   setU64(offset: number, value: number): void {
     // A Uint32Array takes values modulo 2^32.
-    this.words[offset / 4] = value;
-    this.words[offset / 4 + 1] = value / 2 ** 32;
+    const at = offset >> 2;
+    this.words[at] = value;
+    this.words[at + 1] = value / 2 ** 32;
   }
   /** The next KVM_RUN takes the general registers from here. */
   markRegistersDirty(): void {

@@ -13,7 +13,7 @@ import { DeviceRegisters } from "./emul/registers.js";
 import { errorMessage } from "./errors.js";
 import { GuestMemory } from "./guest-memory.js";
 import { irqLine } from "./irq-line.js";
-import { errnoName, gettid, ioctl } from "./native/libc.js";
+import { errnoName, gettid, preparedIoctl } from "./native/libc.js";
 import { REGISTER, RunArea } from "./run-area.js";
 import { MMIO_READ, MMIO_WRITE, PIO_READ, PIO_WRITE, SlowExitCaller } from "./slow-exit.js";
 import { CONSTANT, IOCTL } from "./sys/kvm.js";
@@ -65,13 +65,15 @@ class Vcpu {
     const { run, control, exits } = this;
     Atomics.store(control, CONTROL_TID, gettid());
     const begun = performance.now();
-    // The stop word is looked at before every entry; once it is set, immediate_exit is too, and a signal follows, so
-    // that neither an entry just under way nor a halted guest delays the stop.
-    while (Atomics.load(control, CONTROL_STOP) === 0) {
-      const result = ioctl(this.job.vcpuFd, IOCTL.KVM_RUN, 0);
+    const enter = preparedIoctl(this.job.vcpuFd, IOCTL.KVM_RUN, 0);
+    for (;;) {
+      const result = enter();
       if (result < 0) {
         if (result !== -ERRNO.EINTR && result !== -ERRNO.EAGAIN)
           return { kind: "failed", why: `KVM_RUN: ${errnoName(-result)}` };
+        // Once the stop word is set, immediate_exit is too, and a signal follows: neither an entry just under way nor a
+        // halted guest delays the stop, and all that comes is an EINTR.
+        if (Atomics.load(control, CONTROL_STOP) !== 0) return { kind: "stopped" };
         exits[EXIT_INDEX.interrupted]!++;
         continue;
       }
@@ -99,7 +101,6 @@ class Vcpu {
         }
       }
     }
-    return { kind: "stopped" };
   }
 
   /** One exit may stand for many accesses: string instructions. */

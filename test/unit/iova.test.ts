@@ -180,6 +180,31 @@ ranges("as many ranges live as may, no more", () => {
   assert.notEqual(allocator.alloc(1, TOP, false), 0);
 });
 
+ranges("single pages that are kept at hand count like live ranges: the hash table never fills", () => {
+  const live = 16;
+  const words = new Int32Array(new SharedArrayBuffer(IovaAllocator.words(live, VTD.length) * 4));
+  new IovaAllocator(words, live, VTD.length).init(VTD);
+  let reads = 0;
+  const bounded = new Proxy(words, {
+    get: (target, key) => {
+      assert.ok(reads++ < 10_000, "a lookup without an end");
+      return target[key as unknown as number];
+    },
+    set: (target, key, value: number) => {
+      target[key as unknown as number] = value;
+      return true;
+    },
+  });
+  const allocator = new IovaAllocator(bounded, live, VTD.length);
+  const fill = (pages: number) => Array.from({ length: live }, () => allocator.alloc(pages, TOP, false));
+  for (const node of fill(1)) allocator.free(node);
+  const nodes = fill(2);
+  assert.ok(!nodes.includes(0));
+  assert.equal(allocator.alloc(1, TOP, false), 0);
+  assert.equal(allocator.lookup(page(MiB)), 0);
+  for (const node of nodes) assert.equal(allocator.lookup(allocator.startPage(node)), node);
+});
+
 ranges("a second view of the same memory sees the same ranges", () => {
   const words = new Int32Array(new SharedArrayBuffer(IovaAllocator.words(16, 2) * 4));
   const one = new IovaAllocator(words, 16, 2);

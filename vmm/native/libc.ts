@@ -137,6 +137,19 @@ export function ioctlStruct(fd: number, request: number, struct: ArrayBufferView
 }
 
 /**
+ * An ioctl that is made again and again with the same argument, a number or a structure: result, or -errno. The bytes of the
+ * structure may change between calls; the caller keeps it reachable. Allocates nothing: an address that a closure holds
+ * is passed as it is, one that a property holds would be boxed for every call.
+ */
+export function preparedIoctl(fd: number, request: number, arg: number | DataView): () => number {
+  const value: number = typeof arg === "number" ? arg : addressOf(arg);
+  return () => {
+    const result = cIoctl(fd, request, value);
+    return result < 0 ? -koffi.errno() : result;
+  };
+}
+
+/**
  * Where a JavaScript buffer's bytes are, for structures that point to others. The caller keeps the buffer reachable
  * until the kernel is done; V8 does not move it.
  */

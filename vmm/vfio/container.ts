@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { type Hva, type Iova, MAX_EXACT } from "../../hypercalls/addresses.js";
 import type { BackendLimits, DmaBackend } from "../../hypercalls/backend.js";
 import { VmmError } from "../errors.js";
-import { check, errnoName, ioctl, ioctlStruct } from "../native/libc.js";
+import { check, errnoName, ioctl, ioctlStruct, preparedIoctl } from "../native/libc.js";
 import { getU64, newStruct, setU64 } from "../sys/layout.js";
 import { CONSTANT, IOCTL, STRUCT } from "../sys/vfio.js";
 import { VfioDevice } from "./device.js";
@@ -19,9 +19,13 @@ const DEFAULT_ENTRIES = 65535;
 export class VfioBackend implements DmaBackend {
   private readonly mapArgs = newStruct(STRUCT.vfio_iommu_type1_dma_map);
   private readonly unmapArgs = newStruct(STRUCT.vfio_iommu_type1_dma_unmap);
+  private readonly mapDma: () => number;
+  private readonly unmapDma: () => number;
 
   /** `containerFd` stays the container's, which has to outlive the backend. */
-  constructor(private readonly containerFd: number) {
+  constructor(containerFd: number) {
+    this.mapDma = preparedIoctl(containerFd, IOCTL.VFIO_IOMMU_MAP_DMA, this.mapArgs);
+    this.unmapDma = preparedIoctl(containerFd, IOCTL.VFIO_IOMMU_UNMAP_DMA, this.unmapArgs);
     this.mapArgs.setUint32(STRUCT.vfio_iommu_type1_dma_map.argsz, this.mapArgs.byteLength, true);
     this.unmapArgs.setUint32(STRUCT.vfio_iommu_type1_dma_unmap.argsz, this.unmapArgs.byteLength, true);
   }
@@ -33,7 +37,7 @@ export class VfioBackend implements DmaBackend {
     setU64(this.mapArgs, layout.vaddr, hva);
     setU64(this.mapArgs, layout.iova, iova);
     setU64(this.mapArgs, layout.size_, bytes);
-    const result = ioctlStruct(this.containerFd, IOCTL.VFIO_IOMMU_MAP_DMA, this.mapArgs);
+    const result = this.mapDma();
     return result < 0 ? -result : 0;
   }
 
@@ -42,7 +46,7 @@ export class VfioBackend implements DmaBackend {
     const layout = STRUCT.vfio_iommu_type1_dma_unmap;
     setU64(this.unmapArgs, layout.iova, iova);
     setU64(this.unmapArgs, layout.size_, bytes);
-    const result = ioctlStruct(this.containerFd, IOCTL.VFIO_IOMMU_UNMAP_DMA, this.unmapArgs);
+    const result = this.unmapDma();
     return result < 0 ? result : getU64(this.unmapArgs, layout.size_);
   }
 }
