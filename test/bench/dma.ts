@@ -160,6 +160,10 @@ try {
     name: MEASURES.find((measure) => measure.word === word)!.name,
     bars: contenders.map(({ name }, who) => ({ contender: name, values: results.get(word)![who]! })),
   });
+  const peers = {
+    best: "the best vIOMMU",
+    contenders: contenders.map(({ name }) => name).filter((name) => /iommu/.test(name)),
+  };
   const bar = (name: string, contender: string) => ({ contender, values: bare.get(name)! });
   const about = "An assigned NVMe controller, guest kernel 6.12, 1 vCPU, 512 MiB, after a warm-up.";
   present({
@@ -173,6 +177,7 @@ try {
         unit: "µs",
         better: "less",
         reference: "pvdma, pinned",
+        peers,
         rows: [rows("pair"), rows("list")],
       },
       {
@@ -182,6 +187,7 @@ try {
         unit: "I/Os per second",
         better: "more",
         reference: "pvdma, pinned",
+        peers,
         rows: [rows("iops")],
       },
       {

@@ -15,6 +15,8 @@ export interface Section {
   readonly better: "more" | "less";
   /** The contender that ratios are to. Absent: none are shown. */
   readonly reference?: string;
+  /** Contenders to beat, under a name for the best of them: the others are compared with that one too. */
+  readonly peers?: { readonly best: string; readonly contenders: readonly string[] };
   readonly rows: readonly Row[];
 }
 
@@ -53,9 +55,24 @@ export function figure(value: number): string {
 const spreadOf = ({ values }: Bar): string =>
   values.length === 1 ? "" : `${figure(Math.min(...values))} to ${figure(Math.max(...values))}`;
 
+/** How many times as fast a bar is as the best peer of its row; undefined for peers, and without any. */
+export function timesBestPeer({ peers, better }: Section, row: Row, bar: Bar): number | undefined {
+  if (peers === undefined || peers.contenders.includes(bar.contender)) return undefined;
+  const theirs = row.bars.filter(({ contender }) => peers.contenders.includes(contender));
+  if (theirs.length === 0) return undefined;
+  const medians = theirs.map(({ values }) => median(values));
+  return better === "more"
+    ? median(bar.values) / Math.max(...medians)
+    : Math.min(...medians) / median(bar.values);
+}
+
 function ratioOf(section: Section, row: Row, bar: Bar): string {
   const times = bar.contender === section.reference ? undefined : ratio(section, row, bar);
-  return times === undefined ? "" : `${figure(times)} × ${section.reference}`;
+  const peer = timesBestPeer(section, row, bar);
+  return [
+    ...(times === undefined ? [] : [`${figure(times)} × ${section.reference}`]),
+    ...(peer === undefined ? [] : [`${figure(peer)} × as fast as ${section.peers!.best}`]),
+  ].join(", ");
 }
 
 /** A section as lines for a terminal. */
@@ -82,6 +99,8 @@ const escaped = (text: string): string =>
 
 // The chart, in units of the SVG.
 const WIDTH = 760;
+/** Where bars have a second ratio beside them. */
+const WIDE = 960;
 const LABELS = 190;
 const BARS = 330;
 const BAR_HEIGHT = 18;
@@ -96,6 +115,7 @@ const COLOURS = ["#9aa4ae", "#0b6e99", "#e69f00", "#56b4e9", "#7a5195", "#009e73
  * its row, with a line from the least to the largest value of its rounds.
  */
 export function sectionSvg(section: Section): string {
+  const width = section.peers === undefined ? WIDTH : WIDE;
   const contenders = [...new Set(section.rows.flatMap(({ bars }) => bars.map(({ contender }) => contender)))];
   const parts: string[] = [];
   const text = (x: number, y: number, words: string, more = "") =>
@@ -125,7 +145,7 @@ export function sectionSvg(section: Section): string {
     }
     y += 8;
   }
-  return `<svg xmlns="http://www.w3.org/2000/svg" width="${WIDTH}" height="${y + 8}" viewBox="0 0 ${WIDTH} ${y + 8}" font-family="system-ui, sans-serif" font-size="13" fill="#1b1f23" role="img" aria-label="${escaped(section.title)}">
+  return `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${y + 8}" viewBox="0 0 ${width} ${y + 8}" font-family="system-ui, sans-serif" font-size="13" fill="#1b1f23" role="img" aria-label="${escaped(section.title)}">
 <rect width="100%" height="100%" fill="#ffffff"/>
 ${parts.join("\n")}
 </svg>
@@ -162,7 +182,7 @@ export function reportHtml({ measuredOn, sections }: Report): string {
 <meta charset="utf-8">
 <title>pvdma: benchmarks</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 800px; margin: 2em auto; padding: 0 1em; color: #1b1f23; background: #fff }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #1b1f23; background: #fff }
 table { border-collapse: collapse; margin: 1em 0 } td, th { text-align: left; padding: 2px 12px 2px 0; border-bottom: 1px solid #e1e4e8 }
 svg { max-width: 100%; height: auto }
 </style>
