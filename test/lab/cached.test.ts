@@ -1,5 +1,5 @@
 // Policy cached, from a driver's map to the IOMMU: pages stay mapped, so that most maps need no call; the host takes back
-// what is idle and what it needs; limits and failures on demand reach the driver as they do under policy strict.
+// what is idle and what it needs. Limits and failures on demand: recovery-*.test.ts.
 
 import * as assert from "uvu/assert";
 import { sized } from "../soak.js";
@@ -8,12 +8,14 @@ import { must } from "./host.js";
 import { getKernel } from "./packages.js";
 import {
   assertNoComplaints,
+  assertNothingLeft,
   assertReads,
   assignedDisk,
   DEEP_QUEUE,
   emulatedDisks,
   endDriven,
   loadNvme,
+  recoversFromLimits,
   startDriven,
   type TestedDisk,
   verify,
@@ -27,21 +29,6 @@ const lab = new LabSuite("cached", { diskBytes: DISK_MIB * MiB });
 /** Calls that map, so far. */
 async function mapCalls(vmm: RunningVmm): Promise<number> {
   return (await vmm.guestStatistics()).get("hypercall_map")!;
-}
-
-/** Takes the driver away: nothing may be mapped or counted then. */
-async function assertNothingLeft(vmm: RunningVmm): Promise<void> {
-  await vmm.sh("modprobe -r nvme");
-  const figures = await vmm.settledStatistics(
-    new Map([
-      ["dma/mapped_bytes", 0],
-      ["dma/pinned_bytes", 0],
-      ["dma/entries", 0],
-    ]),
-  );
-  for (const [name, value] of figures) assert.is(value, 0, name);
-  for (const [name, value] of await vmm.guestStatistics())
-    if (/\/(outstanding|leaked|stuck)$/.test(name)) assert.is(value, 0, name);
 }
 
 async function emulated(): Promise<TestedDisk> {
@@ -133,49 +120,15 @@ lab.test("what is idle is given back, and mapped again when it is needed", async
 
 lab.test(
   "a quota that is smaller than what is used: the host reclaims all the time, and every byte is right",
-  async () => {
-    const disk = assignedDisk(lab);
-    const args = ["--dma", "cached", "--dma-granule", "4K", "--dma-limit", "1M", "--cpus", "4"];
-    const vmm = await startDriven(disk.host, [disk.assign], { args });
-    const [path] = await loadNvme(vmm);
-    await assertReads(vmm, disk, path!);
-    const ios = await verify(vmm, path!, `${DEEP_QUEUE} --bsrange=4k-64k --size=${DISK_MIB}M`);
-    await assertReads(vmm, disk, path!);
-    const host = await vmm.statistics();
-    console.log(
-      `    ${ios} I/Os; ${host.get("dma/evicted")} granules reclaimed, ` +
-        `${host.get("dma/limit_hits")} of ${host.get("hypercall_map")} map calls failed`,
-    );
-    assert.ok(host.get("dma/evicted")! > 0);
-    assert.ok(host.get("dma/peak_pinned_bytes")! <= MiB);
-    await assertNoComplaints(vmm);
-    await assertNothingLeft(vmm);
-    await endDriven(vmm);
-  },
+  () =>
+    recoversFromLimits(
+      "cached",
+      assignedDisk(lab),
+      { args: ["--dma-granule", "4K", "--dma-limit", "1M", "--cpus", "4"] },
+      `${DEEP_QUEUE} --bsrange=4k-64k --size=${DISK_MIB}M`,
+      sized(0, 600),
+    ),
 );
-
-lab.test("failures on demand strike every map, whether it is cached or not", async () => {
-  const disk = assignedDisk(lab);
-  const vmm = await startDriven(disk.host, [disk.assign], { args: ["--dma", "cached"] });
-  const [path] = await loadNvme(vmm);
-  await assertReads(vmm, disk, path!);
-  await vmm.tell("inject", "map,p=0.1");
-  const ios = await verify(vmm, path!, "--bs=4k --iodepth=16 --size=2M");
-  const [matched, struck] = /\(matched (\d+), struck (\d+)\)/
-    .exec(await vmm.tell("inject"))!
-    .slice(1)
-    .map(Number);
-  await vmm.tell("uninject", "all");
-  console.log(`    ${ios} I/Os; ${struck} of ${matched} maps failed`);
-  assert.ok(matched! >= ios && struck! > matched! / 20);
-  await assertReads(vmm, disk, path!);
-  const before = await mapCalls(vmm);
-  await verify(vmm, path!, "--bs=4k --iodepth=16 --size=1M --loops=4");
-  assert.ok((await mapCalls(vmm)) - before < 1024, "cached again");
-  await assertNoComplaints(vmm);
-  await assertNothingLeft(vmm);
-  await endDriven(vmm);
-});
 
 lab.test(
   "--hugepages hugetlb: RAM is of large pages, each mapped by one entry, over a reboot too",

@@ -1,5 +1,6 @@
 // Policy lazy, from a driver's map to the IOMMU: unmaps are made many at a time, a buffer that is mapped again meanwhile
-// needs no call, and nothing that was unmapped stays reachable for long; limits and failures on demand reach the driver.
+// needs no call, and nothing that was unmapped stays reachable for long; failures on demand reach the driver. Limits, and
+// failures on demand one by one: recovery-*.test.ts.
 
 import * as assert from "uvu/assert";
 import { SOAK, sized } from "../soak.js";
@@ -7,30 +8,21 @@ import {
   assertNoComplaints,
   assertNothingLeft,
   assertReads,
+  assertSettles,
   assignedDisk,
   DEEP_QUEUE,
-  emulatedDisks,
   endDriven,
   loadNvme,
+  recoversFromLimits,
+  setLazy,
   startDriven,
   verify,
 } from "./recovery.js";
-import { assertViewsAgree, LabSuite, MiB, type RunningVmm } from "./support.js";
+import { assertViewsAgree, LabSuite, MiB } from "./support.js";
 
 const DISK_MIB = sized(4, 64);
 const DEVICE = "0000:00:01.0";
 const lab = new LabSuite("lazy", { diskBytes: DISK_MIB * MiB });
-
-/** How long what was unmapped stays mapped, in milliseconds. */
-const setLazy = (vmm: RunningVmm, ms: number) => vmm.sh(`echo ${ms} > /sys/module/pvdma/parameters/lazy_ms`);
-
-/** Waits until nothing is idle any more, and fails when that takes longer than it may. */
-async function assertSettles(vmm: RunningVmm): Promise<void> {
-  const idle = `/sys/kernel/debug/pvdma/${DEVICE}/idle`;
-  await vmm.sh(
-    `for i in $(seq 50); do [ $(cat ${idle}) = 0 ] && break; sleep 0.1; done; [ $(cat ${idle}) = 0 ]`,
-  );
-}
 
 lab.test("the data is right, and there are fewer calls than maps, and far fewer than unmaps", async () => {
   const disk = assignedDisk(lab);
@@ -94,36 +86,17 @@ lab.test(
   },
 );
 
-const LIMITS = [
-  ["30 mappings", ["--emul-iommu", "entries=30"]],
-  ["--dma-limit 1M", ["--dma-limit", "1M"]],
-] as const;
-for (const [limit, args] of SOAK ? LIMITS : LIMITS.slice(0, 1)) {
-  lab.test(
-    `${limit}: what is idle makes room, the driver waits for the rest, and every byte is right`,
-    async () => {
-      const [disk] = await emulatedDisks(lab.host, DISK_MIB * MiB);
-      const vmm = await startDriven(lab.host, [disk!.assign], {
-        args: ["--dma", "lazy", "--cpus", "4", ...args],
-      });
-      const [path] = await loadNvme(vmm);
-      await setLazy(vmm, 1000);
-      const hash = await assertReads(vmm, disk!, path!);
-      const ios = await verify(vmm, path!, `${DEEP_QUEUE} --bsrange=4k-64k --size=${DISK_MIB}M`);
-      assert.is.not(await assertReads(vmm, disk!, path!), hash);
-      await setLazy(vmm, 10);
-      await assertSettles(vmm);
-      const { guest, host } = await assertViewsAgree(vmm);
-      const [retries, told] = ["retries", "errors/limit"].map((name) => guest.get(`${DEVICE}/${name}`));
-      console.log(`    ${ios} I/Os; ${retries} calls were made again, the driver was told of ${told} limits`);
-      assert.ok(retries! > 0, "the limit was met");
-      assert.is(host.get("dma/limit_hits"), retries! + told!);
-      await assertNoComplaints(vmm);
-      await assertNothingLeft(vmm);
-      await endDriven(vmm);
-    },
+// In short: recovery-emulated.test.ts.
+if (SOAK)
+  lab.test("a quota that is smaller than what is used: what is idle makes room, every byte is right", () =>
+    recoversFromLimits(
+      "lazy",
+      assignedDisk(lab),
+      { args: ["--cpus", "4", "--dma-limit", "1M"] },
+      `${DEEP_QUEUE} --bsrange=4k-64k --size=${DISK_MIB}M`,
+      600,
+    ),
   );
-}
 
 lab.test("failures on demand strike the calls that are made, flushes too", async () => {
   const disk = assignedDisk(lab);

@@ -5,7 +5,7 @@ import { scratchDir } from "./cache.js";
 import { bindVfio } from "./host.js";
 import { DISK_BYTES, RULES, recoversFromInjection } from "./injected.js";
 import { l1Bdf } from "./l1.js";
-import { assignedDisk, type TestedDisk } from "./recovery.js";
+import { assignedDisk, policies, type TestedDisk } from "./recovery.js";
 import { LabSuite, MiB, randomDisk, sha256OfFile } from "./support.js";
 
 const files = scratchDir();
@@ -24,11 +24,17 @@ const other = (): TestedDisk[] =>
     ? [{ host: lab.host, assign: l1Bdf.nvme1, name: l1Bdf.nvme1, hash: () => sha256OfFile(otherFile) }]
     : [];
 
-for (const cpus of SOAK ? [1, 4] : [1]) {
-  lab.test(
-    `maps fail at random and in bursts, ${cpus} vCPUs: verified, and as fast as before when it stops`,
-    () => recoversFromInjection([assignedDisk(lab), ...other()], cpus, SOAK ? RULES : RULES.slice(1, 3)),
-  );
-}
+for (const policy of policies("strict"))
+  for (const cpus of SOAK ? [1, 4] : [1])
+    lab.test(
+      `${policy}, maps fail at random and in bursts, ${cpus} vCPUs: verified, and as fast as before when it stops`,
+      () =>
+        recoversFromInjection(
+          policy,
+          [assignedDisk(lab), ...other()],
+          cpus,
+          SOAK ? RULES : RULES.slice(1, 3),
+        ),
+    );
 
 lab.run();

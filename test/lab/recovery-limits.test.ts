@@ -5,7 +5,14 @@ import * as assert from "uvu/assert";
 import { SOAK, sized } from "../soak.js";
 import { must } from "./host.js";
 import { QemuBeside } from "./qemu.js";
-import { assignedDisk, DEEP_QUEUE, type DrivenGuest, recoversFromLimits } from "./recovery.js";
+import {
+  assignedDisk,
+  DEEP_QUEUE,
+  type DrivenGuest,
+  type Policy,
+  policies,
+  recoversFromLimits,
+} from "./recovery.js";
 import { PRELUDE } from "./scripts.js";
 import { LabSuite, MiB } from "./support.js";
 
@@ -25,28 +32,34 @@ async function withEntryLimit(limit: number, body: () => Promise<void>): Promise
   }
 }
 
-const recovers = (guest: DrivenGuest, fioOptions: string) =>
-  recoversFromLimits(assignedDisk(lab), guest, `${DEEP_QUEUE} ${fioOptions}`);
+const recovers = (policy: Policy, guest: DrivenGuest, fioOptions: string) =>
+  recoversFromLimits(policy, assignedDisk(lab), guest, `${DEEP_QUEUE} ${fioOptions}`);
 
-for (const limit of SOAK ? ENTRY_LIMITS : [30]) {
-  for (const cpus of SOAK ? [1, 4] : [1]) {
-    lab.test(`dma_entry_limit ${limit}, ${cpus} vCPUs: the driver waits, and every byte is right`, () => {
-      // A job and a part of the disk for each vCPU, which has a queue of its own.
-      const bytes = (sized(2, 64) * MiB) / cpus;
-      const options = `--bs=4k --size=${bytes} --numjobs=${cpus} --offset_increment=${bytes}`;
-      return withEntryLimit(limit, () => recovers({ args: ["--cpus", String(cpus)] }, options));
-    });
-  }
-}
+for (const policy of policies("strict"))
+  for (const limit of SOAK ? ENTRY_LIMITS : [30])
+    for (const cpus of SOAK ? [1, 4] : [1])
+      lab.test(
+        `${policy}, dma_entry_limit ${limit}, ${cpus} vCPUs: the driver waits, and every byte is right`,
+        () => {
+          // A job and a part of the disk for each vCPU, which has a queue of its own.
+          const bytes = (sized(2, 64) * MiB) / cpus;
+          const options = `--bs=4k --size=${bytes} --numjobs=${cpus} --offset_increment=${bytes}`;
+          return withEntryLimit(limit, () => recovers(policy, { args: ["--cpus", String(cpus)] }, options));
+        },
+      );
 
 // These bound the bytes that are mapped at a time, so fio asks for more than that: 128 times 34 KiB.
 const largeRequests = `--bsrange=4k-64k --size=${sized(8, 64)}M`;
-lab.test("locked-memory limit of 1 MiB: the same", () => {
-  const around = "exec prlimit --memlock=1048576 setpriv --bounding-set -ipc_lock -- %s";
-  return recovers({ around }, largeRequests);
-});
-if (SOAK)
-  lab.test("--dma-limit 1M: the same", () => recovers({ args: ["--dma-limit", "1M"] }, largeRequests));
+for (const policy of policies("cached")) {
+  lab.test(`${policy}, locked-memory limit of 1 MiB: the same`, () => {
+    const around = "exec prlimit --memlock=1048576 setpriv --bounding-set -ipc_lock -- %s";
+    return recovers(policy, { around }, largeRequests);
+  });
+  if (SOAK)
+    lab.test(`${policy}, --dma-limit 1M: the same`, () =>
+      recovers(policy, { args: ["--dma-limit", "1M"] }, largeRequests),
+    );
+}
 
 for (const limit of SOAK ? ENTRY_LIMITS : [50]) {
   lab.test(`dma_entry_limit ${limit}: QEMU beside`, () =>
