@@ -3,6 +3,7 @@
 
 import * as assert from "uvu/assert";
 import { buildGuestImage } from "./guest.js";
+import type { Policy } from "./recovery.js";
 import { CONSOLE } from "./scripts.js";
 import { LabSuite, MiB, type RunningVmm } from "./support.js";
 
@@ -26,8 +27,8 @@ export class BusyGuests {
     });
   }
 
-  start(...args: string[]): Promise<RunningVmm> {
-    return this.lab.start("--memory", "256M", ...args, this.#image);
+  start(policy: Policy, ...args: string[]): Promise<RunningVmm> {
+    return this.lab.start("--memory", "256M", "--dma", policy, ...args, this.#image);
   }
 
   /**
