@@ -163,6 +163,58 @@ function checkMemory(samples: readonly Sample[], lockableMiB: number): void {
   assert.ok(locked * 1024 <= lockableMiB * MiB, `${locked} KiB are locked, of ${lockableMiB} MiB`);
 }
 
+/**
+ * A guest that is hostile to policy cached (test/guest/scribble.c): its first devices, and what is written to their table,
+ * harm nobody else. `assign`: the VMM's devices, the last of them an edu that is innocent and not cached.
+ */
+async function attackTable(
+  host: Host,
+  { assign, args, calls, around }: { assign: string[]; args: string[]; calls: number; around?: string },
+): Promise<void> {
+  const image = await buildTestGuest("scribble", host.shareDir);
+  const devices = assign.flatMap((each) => ["--assign", each]);
+  const cmdline = `seed=${seed} calls=${calls}`;
+  const vmm = await RunningVmm.start(
+    host,
+    ["--cpus", String(CPUS), ...devices, ...args, "--cmdline", cmdline, "--kernel", image],
+    around,
+  );
+  const found = await vmm.guestSays("scribble", stormTimeoutMs);
+  const [, made, ok, copies, wrong] = found.split(/[a-z ]+/).map(Number);
+  const none = ["mapped_bytes", "pinned_bytes", "entries", "stuck_mappings"].map(
+    (name) => [`dma/${name}`, 0] as const,
+  );
+  const settled = await vmm.settledStatistics(new Map(none));
+  const locked = await vmm.lockedBytes();
+  vmm.goOn();
+  const { status, stats } = await vmm.end();
+  console.log(
+    `  seed ${seed}: ${made} calls, ${ok} of them ok, ${copies} copies of the innocent device; ` +
+      `${stats.get("dma/evicted")} granules reclaimed, ${stats.get("dma/limit_hits")} limits, ` +
+      `${stats.get("dma/faults")} refused accesses`,
+  );
+  assert.is(wrong, 0, "words of the innocent device's memory, or answers, that cannot be");
+  assert.ok(made! > calls * 0.99 && ok! > calls / 10 && copies! > 0);
+  assert.equal(Object.fromEntries(settled), Object.fromEntries(none));
+  assert.is(locked, 0, "locked after everything was unmapped");
+  assert.is(status, 0);
+  assert.ok(stats.get("dma/evicted")! > 0, "there was something to reclaim");
+}
+
+localTest(
+  "hostile, this machine",
+  "a guest that is hostile to policy cached and its table, emulated devices",
+  (host) => {
+    const cached = "emul:edu,dma=cached,dma_mask=0xffffffff";
+    const limits = ["--dma-limit", "1M", "--dma-granule", "16K", "--dma-idle", "1"];
+    return attackTable(host, {
+      assign: [cached, cached, "emul:edu,dma=strict"],
+      args: ["--memory", "64M", ...limits],
+      calls: sized(4_000, 2_000_000),
+    });
+  },
+);
+
 localTest("hostile, this machine", "a hostile guest without a device", async (host) => {
   await runStorm({ host, calls: sized(8000, 100_000), memoryMiB: 64 });
 });
@@ -193,6 +245,17 @@ lab.test("a hostile guest, the innocent device apart, the host short of mappings
   });
   assert.ok((limits.get(ERRNO.ENOMEM) ?? 0) > 0, "the host had memory enough");
   if (lab.host instanceof L1) assert.ok((limits.get(ERRNO.ENOSPC) ?? 0) > 0, "the host had mappings enough");
+});
+
+lab.test("a guest that is hostile to policy cached and its table", async () => {
+  if (more === undefined) return; // it takes a device that is innocent
+  await attackTable(lab.host, {
+    assign: [`${lab.bdf},dma=cached`, `${more.attacker},dma=cached`, `${more.innocent},dma=strict`],
+    args: ["--memory", "64M", "--dma-granule", "16K", "--dma-idle", "1"],
+    calls: sized(5_000, 500_000),
+    around: "ulimit -l 1024; exec setpriv --bounding-set=-ipc_lock -- %s",
+  });
+  assert.not.match(await lab.host.kernelLog(), /BUG:|WARNING:|Oops|general protection/i);
 });
 
 lab.run();
