@@ -111,7 +111,10 @@ export const STATUS = {
   ok: 0,
   /** Nothing wrong, ask again. */
   retry: 1,
-  /** A quota, the locked-memory limit, the entry limit or no IOVA left; may pass when something is unmapped. */
+  /**
+   * A quota, the locked-memory limit, the entry limit or no IOVA left, and the host has given back what it may; passes when
+   * something is unmapped. It is the host's request to drop what no driver uses, of whatever device, and to ask once more.
+   */
   limit: 2,
   /** The guest's mistake; nothing was changed. */
   invalid: 3,
@@ -123,7 +126,7 @@ export type StatusClass = keyof typeof STATUS;
 /** A register of a call frame. RAX and RDX (the port) are taken; every register not named OUT keeps its value. */
 export type FrameRegister = "rdi" | "rsi" | "r8" | "r9" | "r10";
 /** The frame's registers in the order in which the dispatcher sees them as arguments 0 to 4 and results 0 to 4. */
-export const FRAME_REGISTERS: readonly FrameRegister[] = ["rdi", "rsi", "r8", "r9", "r10"];
+export const FRAME_REGISTERS = ["rdi", "rsi", "r8", "r9", "r10"] as const satisfies readonly FrameRegister[];
 
 export interface CallSpec {
   readonly number: number;

@@ -204,7 +204,7 @@ export class Engine {
   readonly #pins: Pins;
   /** By handle. */
   readonly #devicePins: Pins[];
-  readonly #domains: Domain[];
+  readonly #domains: (TranslatedDomain | IdentityDomain | CachedDomain)[];
   readonly #locks: Mutex[];
   readonly #devices: Int32Array;
   readonly #deviceCount: number;
@@ -482,8 +482,7 @@ export class Engine {
   /** Unmaps what is no single device's; returns the mappings of the domain that are stuck. */
   #unmapAll(index: number): number {
     const domain = this.#domains[index]!;
-    if (domain instanceof IdentityDomain) return domain.unmapAll();
-    return domain instanceof CachedDomain ? this.#locked(index, () => domain.unmapAll()) : domain.stuck;
+    return domain instanceof TranslatedDomain ? domain.stuck : this.#locked(index, () => domain.unmapAll());
   }
 
   /**

@@ -196,10 +196,10 @@ export class Injector {
 
   /**
    * Decides about a call: one of INJECT, its device, its bytes. Sleeps here where a rule says so; the caller holds no
-   * lock. Returns the errno with which the call is to fail, or 0. Without a rule it costs one atomic load.
+   * lock. Returns the errno with which the call is to fail, or 0. Without a rule it costs one load.
    */
   decide(kind: number, handle: number, bytes: number): number {
-    // A plain load: it may be a rule late, no more, and on a path where an atomic one is a call it is none.
+    // Not an atomic one, which is a call: a call that is under way may miss a rule that was just made.
     return this.#words[RULES] === 0 ? 0 : this.#ask(kind, handle, bytes);
   }
 

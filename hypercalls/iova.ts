@@ -8,15 +8,15 @@
 // takes the highest zone below its limit that has room, which leaves low addresses to the devices that can use no
 // others. A hash table finds a live range by its first page.
 //
-// Why the work is bounded. alloc looks at each of 8 zones at most once, and there at 3 list heads at most, each
-// found through two bitmap words; it splits at most twice. free joins with two neighbours at most. No list is ever
-// walked. The hash table is never more than half full and its keys are spread by a Fibonacci multiplication, so a
+// Before all this: single pages, which are most of what drivers map, are kept at hand when they are freed, 16 at most,
+// uncut and in the hash table, and go out again first. They are given back when something else finds no room.
+//
+// Why the work is bounded. alloc looks at each of 8 zones at most twice, before and after what is kept was given back,
+// and there at 3 list heads at most, each found through two bitmap words; it splits at most twice. free joins with two
+// neighbours at most. No other list is ever walked. The hash table is never more than half full and its keys are spread by a Fibonacci multiplication, so a
 // lookup ends after a few slots (expected, not worst case; the keys are ours to choose, not the guest's).
 // The price: when no range of a larger size class is left, only the first of the request's own class is looked at,
 // so a request for which there would be just enough room can fail where an exhaustive search would not.
-//
-// Before all this: single pages, which are most of what drivers map, are kept at hand when they are freed, a few of
-// them, uncut and in the hash table, and go out again first. They are given back when anything else finds no room.
 
 import { PAGE_SHIFT } from "./addresses.js";
 import type { BackendLimits } from "./backend.js";
@@ -50,7 +50,7 @@ const ZONE_WORDS = ZONE_HEADS + ROWS * STEPS;
 // A node: one free or live range. Node 0 is none, everywhere.
 const START = 0;
 const PAGES = 1;
-/** The neighbours in address order, free or live, without a hole or a zone's end between. */
+/** The neighbours in address order, free or not, without a hole or a zone's end between. */
 const PREVIOUS = 2;
 const NEXT = 3;
 /** The neighbours in the free list. A node that is not in use is chained by FREE_NEXT. */
@@ -179,7 +179,8 @@ export class IovaAllocator {
     }
     if (words[LIVE_COUNT]! + words[KEPT_COUNT]! < this.#live) {
       const node = this.#cut(pages, lastPage, align);
-      if (node !== 0) return node;
+      // What is kept makes no room below where it is.
+      if (node !== 0 || lastPage < KEPT_FROM_PAGE) return node;
     }
     if (kept === 0) return 0;
     this.#giveBackKept();

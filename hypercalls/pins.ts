@@ -29,7 +29,7 @@ export class Pins {
 
   /**
    * `quotaBytes`: most bytes that may be pinned at a time, 0 for no quota. `lock`: "own" for counts that several
-   * domains share; "callers" for those of one device, which only whoever holds its domain's lock changes.
+   * domains share; "callers" for those that one domain changes, under its lock.
    */
   constructor(memory: SharedArrayBuffer, quotaBytes: number, lock: "own" | "callers") {
     this.#words = new Int32Array(memory);

@@ -50,7 +50,7 @@ export type Outcome =
 /** Sent to a vCPU's thread to bring it out of KVM_RUN. run-guest.ts installs a handler that does nothing. */
 export const KICK_SIGNAL = "SIGUSR2";
 const KICK_SIGNAL_NUMBER = 12;
-/** A kick that came between two looks at the stop word is repeated. */
+/** A signal that found the thread outside of what it is to interrupt is sent again. */
 const KICK_PERIOD_MS = 50;
 
 export interface MachineConfig {
@@ -266,8 +266,9 @@ export class Machine implements PciMachine {
     const kick = () => {
       for (const { control, run } of this.vcpus) {
         const words = controlWords(control);
-        Atomics.store(words, CONTROL_STOP, 1);
+        // First: whoever acts on the stop word, by a made-up answer of a device, must not get into the guest with it.
         run.immediateExit = 1;
+        Atomics.store(words, CONTROL_STOP, 1);
         const tid = Atomics.load(words, CONTROL_TID);
         if (tid !== 0) signalThread(tid, KICK_SIGNAL_NUMBER);
       }

@@ -5,13 +5,7 @@ import { FRAME_REGISTERS, PORT } from "../hypercalls/abi.js";
 import { type Dispatcher, FRAME_WORDS } from "../hypercalls/dispatcher.js";
 import { REGISTER, type RunArea } from "./run-area.js";
 
-const [FIRST, SECOND, THIRD, FOURTH, FIFTH] = FRAME_REGISTERS.map((name) => REGISTER[name]) as [
-  number,
-  number,
-  number,
-  number,
-  number,
-];
+const [FIRST, SECOND, THIRD, FOURTH, FIFTH] = FRAME_REGISTERS;
 
 export class PioTransport {
   private readonly frame = new Float64Array(FRAME_WORDS);
@@ -37,11 +31,11 @@ export class PioTransport {
    */
   service(): void {
     const { run, frame } = this;
-    const first = run.u64(FIRST);
-    const second = run.u64(SECOND);
-    const third = run.u64(THIRD);
-    const fourth = run.u64(FOURTH);
-    const fifth = run.u64(FIFTH);
+    const first = run.u64(REGISTER[FIRST]);
+    const second = run.u64(REGISTER[SECOND]);
+    const third = run.u64(REGISTER[THIRD]);
+    const fourth = run.u64(REGISTER[FOURTH]);
+    const fifth = run.u64(REGISTER[FIFTH]);
     // `out %eax` carries 32 bits; what the upper half of RAX holds is not part of the call.
     frame[0] = run.read(REGISTER.rax, 4);
     frame[1] = first;
@@ -52,11 +46,11 @@ export class PioTransport {
     this.dispatcher.dispatch(frame, run.cpl);
     run.setU64(REGISTER.rax, frame[0]);
     // A register the call does not name OUT keeps its value, also one that a double cannot hold exactly.
-    if (frame[1] !== first) run.setU64(FIRST, frame[1]);
-    if (frame[2] !== second) run.setU64(SECOND, frame[2]);
-    if (frame[3] !== third) run.setU64(THIRD, frame[3]);
-    if (frame[4] !== fourth) run.setU64(FOURTH, frame[4]);
-    if (frame[5] !== fifth) run.setU64(FIFTH, frame[5]);
+    if (frame[1] !== first) run.setU64(REGISTER[FIRST], frame[1]);
+    if (frame[2] !== second) run.setU64(REGISTER[SECOND], frame[2]);
+    if (frame[3] !== third) run.setU64(REGISTER[THIRD], frame[3]);
+    if (frame[4] !== fourth) run.setU64(REGISTER[FOURTH], frame[4]);
+    if (frame[5] !== fifth) run.setU64(REGISTER[FIFTH], frame[5]);
     run.markRegistersDirty();
   }
 }

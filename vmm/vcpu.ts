@@ -71,8 +71,8 @@ class Vcpu {
       if (result < 0) {
         if (result !== -ERRNO.EINTR && result !== -ERRNO.EAGAIN)
           return { kind: "failed", why: `KVM_RUN: ${errnoName(-result)}` };
-        // Once the stop word is set, immediate_exit is too, and a signal follows: neither an entry just under way nor a
-        // halted guest delays the stop, and all that comes is an EINTR.
+        // Before the stop word immediate_exit was set, and a signal follows: neither an entry just under way nor a
+        // halted guest delays the stop, and whatever came last, the next entry ends in EINTR.
         if (Atomics.load(control, CONTROL_STOP) !== 0) return { kind: "stopped" };
         exits[EXIT_INDEX.interrupted]!++;
         continue;

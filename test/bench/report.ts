@@ -100,7 +100,7 @@ const escaped = (text: string): string =>
 // The chart, in units of the SVG.
 const WIDTH = 760;
 /** Where bars have a second ratio beside them. */
-const WIDE = 960;
+const WIDE = 1000;
 const LABELS = 190;
 const BARS = 330;
 const BAR_HEIGHT = 18;
@@ -182,7 +182,7 @@ export function reportHtml({ measuredOn, sections }: Report): string {
 <meta charset="utf-8">
 <title>pvdma: benchmarks</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #1b1f23; background: #fff }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #1b1f23; background: #fff }
 table { border-collapse: collapse; margin: 1em 0 } td, th { text-align: left; padding: 2px 12px 2px 0; border-bottom: 1px solid #e1e4e8 }
 svg { max-width: 100%; height: auto }
 </style>

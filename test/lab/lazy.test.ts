@@ -2,6 +2,7 @@
 // needs no call, and nothing that was unmapped stays reachable for long; failures on demand reach the driver. Limits, and
 // failures on demand one by one: recovery-*.test.ts.
 
+import { basename } from "node:path";
 import * as assert from "uvu/assert";
 import { SOAK, sized } from "../soak.js";
 import {
@@ -11,6 +12,7 @@ import {
   assertSettles,
   assignedDisk,
   DEEP_QUEUE,
+  emulatedDisks,
   endDriven,
   loadNvme,
   recoversFromLimits,
@@ -22,6 +24,7 @@ import { assertViewsAgree, LabSuite, MiB } from "./support.js";
 
 const DISK_MIB = sized(4, 64);
 const DEVICE = "0000:00:01.0";
+const OTHER = "0000:00:02.0";
 const lab = new LabSuite("lazy", { diskBytes: DISK_MIB * MiB });
 
 lab.test("the data is right, and there are fewer calls than maps, and far fewer than unmaps", async () => {
@@ -115,6 +118,37 @@ lab.test("failures on demand strike the calls that are made, flushes too", async
   await assertSettles(vmm);
   const { guest } = await assertViewsAgree(vmm);
   assert.ok(guest.get(`${DEVICE}/errors/limit`)! > 0, "the driver was told");
+  await assertNoComplaints(vmm);
+  await assertNothingLeft(vmm);
+  await endDriven(vmm);
+});
+
+lab.test("a limit is a request to the whole guest: what is idle of another device goes", async () => {
+  const quota = 2 * MiB;
+  const [idle, other] = await emulatedDisks(lab.host, 4 * MiB, MiB);
+  const vmm = await startDriven(lab.host, [`${idle!.assign},dma=lazy`, `${other!.assign},dma=strict`], {
+    args: ["--dma-limit", String(quota)],
+  });
+  const paths = await loadNvme(vmm, 2);
+  await assertSettles(vmm);
+  await setLazy(vmm, 1000);
+  // Pages of the page cache, each once, until what is idle leaves less than the other disk is going to need; then that.
+  const used = (await vmm.statistics()).get("dma/pinned_bytes")!;
+  const reads = Math.floor((quota - used - 2 ** 17) / 2 ** 16);
+  const idleOne = `cat /sys/kernel/debug/pvdma/${DEVICE}/idle`;
+  const [before, after] = (
+    await vmm.sh(`echo 0 > /sys/block/${basename(paths[0]!)}/queue/read_ahead_kb
+dd if=${paths[0]} of=/dev/null bs=64k count=${reads} 2> /dev/null; ${idleOne}
+dd if=${paths[1]} of=/dev/null bs=256k count=1 iflag=direct 2> /dev/null; ${idleOne}`)
+  ).split("\n");
+  assert.ok(Number(before) >= reads, `idle after ${reads} reads: ${before}`);
+  assert.is(after, "0", "what was idle went");
+  const guest = await vmm.guestStatistics();
+  assert.ok(guest.get(`${OTHER}/retries`)! > 0, "and the call was made again");
+  for (const device of [DEVICE, OTHER]) assert.is(guest.get(`${device}/errors/limit`), 0, device);
+  await setLazy(vmm, 10);
+  for (const [i, disk] of [idle!, other!].entries()) await assertReads(vmm, disk, paths[i]!);
+  await assertSettles(vmm);
   await assertNoComplaints(vmm);
   await assertNothingLeft(vmm);
   await endDriven(vmm);

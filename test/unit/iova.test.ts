@@ -180,6 +180,12 @@ ranges("as many ranges live as may, no more", () => {
   assert.notEqual(allocator.alloc(1, TOP, false), 0);
 });
 
+ranges("a page below 4 GiB that was freed does not go to a device that can use another", () => {
+  const allocator = make(ALL);
+  allocator.free(allocator.alloc(1, page(2 ** 32) - 1, false));
+  assert.ok(allocator.startPage(allocator.alloc(1, TOP, false)) >= page(2 ** 32));
+});
+
 ranges("single pages that are kept at hand count like live ranges: the hash table never fills", () => {
   const live = 16;
   const words = new Int32Array(new SharedArrayBuffer(IovaAllocator.words(live, VTD.length) * 4));
@@ -358,6 +364,15 @@ random("the memory accesses of alloc, lookup and free do not grow with the live 
   fragment(65000);
   assert.ok(plain.liveCount > 40000);
   const many = worst(2000);
+  // The worst: what is kept at hand, each of it by itself, is given back first, and so many were freed.
+  const kept: number[] = [];
+  while (plain.liveCount < live) kept.push(plain.alloc(1, TOP, false));
+  for (let i = 0; i < 64; i++) plain.free(kept[2 * i]!);
+  // 16 of them are kept, and with what lives now they are as many ranges as there may be.
+  while (plain.liveCount < live - 16) plain.alloc(2, TOP, false);
+  accesses = 0;
+  assert.notEqual(counted.alloc(2, TOP, false), 0);
+  assert.ok(accesses > 250 && accesses < 1000, `${accesses} to give back what is kept`);
   // The hash table's expected probe lengths differ a little with its load; the rest has a fixed bound.
   for (const most of [few, some, many]) {
     assert.ok(most.alloc < 250 && most.free < 250 && most.lookup < 80, JSON.stringify({ few, some, many }));
