@@ -132,14 +132,16 @@ lab.test("a limit is a request to the whole guest: what is idle of another devic
   const paths = await loadNvme(vmm, 2);
   await assertSettles(vmm);
   await setLazy(vmm, 1000);
-  // Pages of the page cache, each once, until what is idle leaves less than the other disk is going to need; then that.
+  // 64 KiB of the page cache at a time, each once, until what is idle leaves less than the other disk is going to need; then that.
   const used = (await vmm.statistics()).get("dma/pinned_bytes")!;
   const reads = Math.floor((quota - used - 2 ** 17) / 2 ** 16);
   const idleOne = `cat /sys/kernel/debug/pvdma/${DEVICE}/idle`;
+  const readDisk = (i: number, options: string) => `dd if=${paths[i]} of=/dev/null ${options} 2> /dev/null`;
   const [before, after] = (
-    await vmm.sh(`echo 0 > /sys/block/${basename(paths[0]!)}/queue/read_ahead_kb
-dd if=${paths[0]} of=/dev/null bs=64k count=${reads} 2> /dev/null; ${idleOne}
-dd if=${paths[1]} of=/dev/null bs=256k count=1 iflag=direct 2> /dev/null; ${idleOne}`)
+    await vmm.sh(
+      `echo 64 > /sys/block/${basename(paths[0]!)}/queue/read_ahead_kb; ` +
+        `${readDisk(0, `bs=64k count=${reads}`)}; ${idleOne}; ${readDisk(1, "bs=256k count=1 iflag=direct")}; ${idleOne}`,
+    )
   ).split("\n");
   assert.ok(Number(before) >= reads, `idle after ${reads} reads: ${before}`);
   assert.is(after, "0", "what was idle went");
