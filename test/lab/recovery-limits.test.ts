@@ -3,7 +3,6 @@
 
 import * as assert from "uvu/assert";
 import { SOAK, sized } from "../soak.js";
-import { must } from "./host.js";
 import { QemuBeside } from "./qemu.js";
 import {
   assignedDisk,
@@ -12,25 +11,15 @@ import {
   type Policy,
   policies,
   recoversFromLimits,
+  withEntryLimit,
 } from "./recovery.js";
 import { PRELUDE } from "./scripts.js";
 import { LabSuite, MiB } from "./support.js";
 
-/** Read when a container is opened, so it holds for a VMM that starts after it was set. */
-const ENTRY_LIMIT = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
 const ENTRY_LIMITS = [30, 50, 90];
 
 // So slow that the driver's queue is full most of the time, however slow the guest is.
 const lab = new LabSuite("recovery-limits", { diskBytes: sized(8, 64) * MiB, iops: 150 });
-
-async function withEntryLimit(limit: number, body: () => Promise<void>): Promise<void> {
-  const before = (await must(lab.host, `cat ${ENTRY_LIMIT}; echo ${limit} > ${ENTRY_LIMIT}`)).trim();
-  try {
-    await body();
-  } finally {
-    await must(lab.host, `echo ${before} > ${ENTRY_LIMIT}`);
-  }
-}
 
 const recovers = (policy: Policy, guest: DrivenGuest, fioOptions: string) =>
   recoversFromLimits(policy, assignedDisk(lab), guest, `${DEEP_QUEUE} ${fioOptions}`);
@@ -44,7 +33,9 @@ for (const policy of policies("strict"))
           // A job and a part of the disk for each vCPU, which has a queue of its own.
           const bytes = (sized(2, 64) * MiB) / cpus;
           const options = `--bs=4k --size=${bytes} --numjobs=${cpus} --offset_increment=${bytes}`;
-          return withEntryLimit(limit, () => recovers(policy, { args: ["--cpus", String(cpus)] }, options));
+          return withEntryLimit(lab.host, limit, () =>
+            recovers(policy, { args: ["--cpus", String(cpus)] }, options),
+          );
         },
       );
 
@@ -63,7 +54,7 @@ for (const policy of policies("cached")) {
 
 for (const limit of SOAK ? ENTRY_LIMITS : [50]) {
   lab.test(`dma_entry_limit ${limit}: QEMU beside`, () =>
-    withEntryLimit(limit, async () => {
+    withEntryLimit(lab.host, limit, async () => {
       const content = await lab.diskHash();
       const script = `${PRELUDE}
 modprobe nvme_core admin_timeout=10 io_timeout=10

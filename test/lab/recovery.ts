@@ -201,5 +201,18 @@ export async function recoversFromLimits(
   await endDriven(vmm);
 }
 
+/** Read when a container is opened, so it holds for a VMM that starts after it was set. */
+const ENTRY_LIMIT = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
+
+/** Does something while the host allows each container so many mappings. */
+export async function withEntryLimit(host: Host, limit: number, body: () => Promise<void>): Promise<void> {
+  const before = (await must(host, `cat ${ENTRY_LIMIT}; echo ${limit} > ${ENTRY_LIMIT}`)).trim();
+  try {
+    await body();
+  } finally {
+    await must(host, `echo ${before} > ${ENTRY_LIMIT}`);
+  }
+}
+
 /** A queue so deep, filled in batches so large, that a host with few mappings never has enough. */
 export const DEEP_QUEUE = "--iodepth=128 --iodepth_batch=64";
