@@ -27,7 +27,8 @@ for (const { entries, granule, workingSetMiB } of SOAK ? [DEFAULT, FEW] : [SHORT
       const disk = assignedDisk(lab);
       // All of the disk fits the guest's page cache, so that each of its pages is read into another one.
       const memory = workingSetMiB > 256 ? "2G" : "512M";
-      const args = ["--dma", "cached", "--dma-granule", granule, "--memory", memory];
+      // Nothing goes because it is idle.
+      const args = ["--dma", "cached", "--dma-granule", granule, "--dma-idle", "0", "--memory", memory];
       const vmm = await startDriven(disk.host, [disk.assign], { args });
       const [path] = await loadNvme(vmm);
       await assertReads(vmm, disk, path!);
