@@ -14,6 +14,7 @@ const BENCHMARKS: Readonly<Record<string, string>> = {
   engine: "the mapping engine alone, over a backend that does nothing",
   controller: "the emulated NVMe controller alone, in one thread",
   dma: "in the lab: what a driver pays for DMA under each policy, and under QEMU",
+  memory: "in the lab: pinned memory, granules, the time to start, several CPUs, under policy cached",
   nvme: "in the lab: the emulated NVMe disk beside QEMU's under the same guest",
 };
 
