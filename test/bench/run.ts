@@ -1,7 +1,7 @@
 // `npm run bench`: runs the benchmarks, prints their figures, and writes them as a report (JSON, a page, a chart per section).
 
 import { fork } from "node:child_process";
-import { mkdirSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { cpus } from "node:os";
 import { join, relative } from "node:path";
 import { parseArgs } from "node:util";
@@ -27,7 +27,8 @@ ${Object.entries(BENCHMARKS)
   .join("\n")}
 
   --rounds N     times that contenders take turns in the lab (default 3)
-  --out DIR      where the report goes (default test/bench/REPORT when all are run; else nothing is written)
+  --out DIR      where the report goes (default test/bench/REPORT when all are run; else nothing is written).
+                 What a report there says of benchmarks that are not run stays in it
   --help
 `;
 
@@ -79,8 +80,17 @@ for (const [index, name] of names.entries()) {
 }
 if (out !== undefined) {
   mkdirSync(out, { recursive: true });
-  const report: Report = { measuredOn, sections };
-  writeFileSync(join(out, "report.json"), `${JSON.stringify(report, null, 2)}\n`);
+  const file = join(out, "report.json");
+  // Ratios are within a section, and a section is of one run: those of several runs can stand in one report.
+  const before = existsSync(file) ? (JSON.parse(readFileSync(file, "utf8")) as Report) : undefined;
+  const fresh = new Map(sections.map((section) => [section.id, section]));
+  const kept =
+    positionals.length === 0 ? [] : (before?.sections ?? []).map((old) => fresh.get(old.id) ?? old);
+  const report: Report = {
+    measuredOn: { ...before?.measuredOn, ...measuredOn },
+    sections: [...kept, ...sections.filter((section) => !kept.includes(section))],
+  };
+  writeFileSync(file, `${JSON.stringify(report, null, 2)}\n`);
   writeFileSync(join(out, "report.html"), reportHtml(report));
   for (const section of sections) writeFileSync(join(out, `${section.id}.svg`), sectionSvg(section));
   console.error(`the report: ${relative(process.cwd(), join(out, "report.html"))}`);
