@@ -44,7 +44,7 @@ type Word = (typeof MEASURES)[number]["word"];
  */
 const PVDMA = "pvdma lazy_ms=500";
 /** Calls in a round of the guest that makes nothing but calls. */
-const CALLS = 4000;
+const CALLS = 20_000;
 
 const guest = (modules: readonly string[], moduleFile: string, warmUpMs = WARM_UP_MS): GuestOptions => ({
   script: `${PRELUDE}
@@ -122,7 +122,7 @@ try {
     const { process } = await RunningVmm.start(host, args);
     for (const [name, values] of calls) {
       const line = new RegExp(`^guest: ${name} ([\\d ]+)\\r?\\n`, "m");
-      const [, cycles] = await process.waitFor(line, 120_000, "stdout");
+      const [, cycles] = await process.waitFor(line, 400_000, "stdout");
       values.push(median(cycles!.split(" ").map(Number)) / cyclesPerUs);
     }
     await process.exited;
