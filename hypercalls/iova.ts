@@ -13,10 +13,11 @@
 //
 // Why the work is bounded. alloc looks at each of 8 zones at most twice, before and after what is kept was given back,
 // and there at 3 list heads at most, each found through two bitmap words; it splits at most twice. free joins with two
-// neighbours at most. No other list is ever walked. The hash table is never more than half full and its keys are spread by a Fibonacci multiplication, so a
-// lookup ends after a few slots (expected, not worst case; the keys are ours to choose, not the guest's).
-// The price: when no range of a larger size class is left, only the first of the request's own class is looked at,
-// so a request for which there would be just enough room can fail where an exhaustive search would not.
+// neighbours at most. No other list is ever walked. The hash table is never more than half full and its keys are spread
+// by a Fibonacci multiplication, so a lookup ends after a few slots (expected, not worst case; the keys are ours to
+// choose, not the guest's). The price: when no range of a larger size class is left, only the first of the request's
+// own class is looked at, so a request for which there would be just enough room can fail where an exhaustive search
+// would not.
 
 import { PAGE_SHIFT } from "./addresses.js";
 import type { BackendLimits } from "./backend.js";

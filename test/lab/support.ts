@@ -166,8 +166,15 @@ export class RunningVmm {
    * millisecond.
    */
   async guestStatistics(): Promise<Map<string, number>> {
-    const packed = await this.sh("(cd /sys/kernel/debug/pvdma && grep -r . .) | gzip | base64");
-    return readFigures(gunzipSync(Buffer.from(packed, "base64")).toString());
+    for (let tries = 1; ; tries++) {
+      const packed = await this.sh("(cd /sys/kernel/debug/pvdma && grep -r . .) | gzip | base64");
+      try {
+        return readFigures(gunzipSync(Buffer.from(packed, "base64")).toString());
+      } catch (error) {
+        // A line of the guest's kernel may have come between.
+        if (tries === 3) throw error;
+      }
+    }
   }
 
   /** Bytes of locked and pinned memory of the VMM at this moment, as its kernel counts them. */
