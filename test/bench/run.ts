@@ -82,13 +82,14 @@ if (out !== undefined) {
   mkdirSync(out, { recursive: true });
   const file = join(out, "report.json");
   // Ratios are within a section, and a section is of one run: those of several runs can stand in one report.
-  const before = existsSync(file) ? (JSON.parse(readFileSync(file, "utf8")) as Report) : undefined;
-  const fresh = new Map(sections.map((section) => [section.id, section]));
-  const kept =
-    positionals.length === 0 ? [] : (before?.sections ?? []).map((old) => fresh.get(old.id) ?? old);
+  const isPart = positionals.length > 0 && existsSync(file);
+  const before: Report = isPart
+    ? (JSON.parse(readFileSync(file, "utf8")) as Report)
+    : { measuredOn: {}, sections: [] };
+  const all = new Map([...before.sections, ...sections].map((section) => [section.id, section]));
   const report: Report = {
-    measuredOn: { ...before?.measuredOn, ...measuredOn },
-    sections: [...kept, ...sections.filter((section) => !kept.includes(section))],
+    measuredOn: { ...before.measuredOn, ...measuredOn },
+    sections: [...all.values()],
   };
   writeFileSync(file, `${JSON.stringify(report, null, 2)}\n`);
   writeFileSync(join(out, "report.html"), reportHtml(report));
