@@ -117,10 +117,16 @@ export async function assertNoComplaints(vmm: RunningVmm): Promise<void> {
   assert.is(await vmm.sh("complaints"), "", "the guest's kernel log");
 }
 
-/** Takes the driver away: nothing may be mapped or counted then, on either side. */
-export async function assertNothingLeft(vmm: RunningVmm): Promise<void> {
+/**
+ * Takes the driver away: nothing may be mapped or counted then, on either side. `before` is what the host had counted when
+ * the guest booted, if it was not its first boot.
+ */
+export async function assertNothingLeft(
+  vmm: RunningVmm,
+  before?: ReadonlyMap<string, number>,
+): Promise<void> {
   await vmm.sh("modprobe -r nvme");
-  const { host, guest } = await assertViewsAgree(vmm);
+  const { host, guest } = await assertViewsAgree(vmm, 0, before);
   for (const [path, value] of guest)
     if (/\/(outstanding|idle|leaked|stuck)$/.test(path)) assert.is(value, 0, path);
   for (const name of ["mapped_bytes", "pinned_bytes", "entries"])

@@ -220,13 +220,15 @@ const FAILED = "retries + errors";
  */
 function hostViewAsGuest(
   host: ReadonlyMap<string, number>,
+  before: ReadonlyMap<string, number>,
   devices: RunningVmm["devices"],
   isCached: (guestBdf: string) => boolean,
 ): Map<string, number | undefined> {
   const view = new Map<string, number | undefined>();
-  for (const name of ["hypercall_map", "hypercall_unmap", "hypercall_pv_dev"]) view.set(name, host.get(name));
+  const since = (name: string) => (host.get(name) ?? Number.NaN) - (before.get(name) ?? 0);
+  for (const name of ["hypercall_map", "hypercall_unmap", "hypercall_pv_dev"]) view.set(name, since(name));
   for (const [guestBdf, hostBdf] of devices) {
-    const of = (name: string) => host.get(`devices/${hostBdf}/${name}`) ?? Number.NaN;
+    const of = (name: string) => since(`devices/${hostBdf}/${name}`);
     const call = (name: string, field: string) => of(`hypercalls/${name}/${field}`);
     const failed = (name: string) => call(name, "errors") + call(name, "injected");
     const done = (name: string) => call(name, "calls") - failed(name);
@@ -251,11 +253,13 @@ function hostViewAsGuest(
  * Asserts that guest and host agree about all that both count: calls, mappings, pages, failures, what is mapped now. They
  * do when the guest rests (runs the script CONSOLE), loaded the module once, bound every device, and calls the host by the
  * module alone. The host's files may be a moment behind: they have 10 s. `found` mistakes of drivers the module has found
- * without a call under policy lazy; under cached it finds all of them so. Returns both views.
+ * without a call under policy lazy; under cached it finds all of them so. `before` is what the host had counted when the
+ * guest booted, if it was not its first boot. Returns both views.
  */
 export async function assertViewsAgree(
   vmm: RunningVmm,
   found = 0,
+  before: ReadonlyMap<string, number> = new Map(),
 ): Promise<{ guest: Map<string, number>; host: Map<string, number> }> {
   const { devices } = vmm;
   const guest = await vmm.guestStatistics();
@@ -272,7 +276,7 @@ export async function assertViewsAgree(
   }
   for (const end = Date.now() + 10_000; ; await sleep(250)) {
     const host = await vmm.statistics();
-    const theirs = hostViewAsGuest(host, devices, isCached);
+    const theirs = hostViewAsGuest(host, before, devices, isCached);
     const differing = [...theirs.keys()].filter((name) => ours.get(name) !== theirs.get(name));
     if (differing.length === 0) return { guest, host };
     if (Date.now() < end) continue;
