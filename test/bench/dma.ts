@@ -14,22 +14,28 @@ import { bindVfio, type HostProcess, must } from "../lab/host.js";
 import { bootL1, l1Bdf } from "../lab/l1.js";
 import { getKernel } from "../lab/packages.js";
 import { QemuBeside } from "../lab/qemu.js";
-import { PRELUDE } from "../lab/scripts.js";
-import { RunningVmm } from "../lab/support.js";
+import { CONSOLE } from "../lab/scripts.js";
+import { RunningVmm, sh } from "../lab/support.js";
 import { median } from "../median.js";
 import { present, progress } from "./program.js";
 import { figure, type Row } from "./report.js";
 
 const ROUNDS = Number(process.argv[2] ?? 3);
+/** Of a round: each measure of each contender. */
+const TURNS = 2;
 const DISK_BYTES = 256 * 2 ** 20;
+/** Milliseconds for each of the ten figures that the module takes in a turn, and seconds for fio's. */
+const MODULE_MS = 200;
+const FIO_SECONDS = 3;
 /**
- * Milliseconds for each of the ten rounds before those that count; fio has half of their sum. What is compiled while it runs
- * is slow at first, and in the lab for long: where calls reach JavaScript this is more, elsewhere nothing changes with it.
+ * The same before the first turn. What is compiled while it runs is slow at first, and in the lab for long, the guest's own
+ * code too: where calls reach JavaScript this is more, elsewhere nothing changes with it.
  */
-const WARM_UP_MS = 1000;
-const WARM_UP_CALLS_MS = 6000;
+const WARM_UP = { ms: 1000, seconds: 15 };
+const WARM_UP_CALLS = { ms: 5000, seconds: 30 };
 const DEVICE = "0000:00:01.0";
 const QEMU_ADDRESS = "addr=1.0";
+const TIMEOUT_MS = 400_000;
 
 const MEASURES = [
   { word: "pair", name: "a page mapped and unmapped", unit: "µs" },
@@ -46,20 +52,10 @@ const PVDMA = "pvdma lazy_ms=500";
 /** Calls in a round of the guest that makes nothing but calls. */
 const CALLS = 20_000;
 
-const guest = (modules: readonly string[], moduleFile: string, warmUpMs = WARM_UP_MS): GuestOptions => ({
-  script: `${PRELUDE}
-${modules.map((module) => `modprobe ${module} || fail ${module}`).join("\n")}
-modprobe nvme || fail nvme
-wait_disk
-# The module ends by an error: it has done its work when it is loaded.
-modprobe dmabench device=${DEVICE} ms=${warmUpMs} 2> /dev/null
-dmesg -C
-modprobe dmabench device=${DEVICE} 2> /dev/null
-dmesg | sed -n 's/.*dmabench: pair 1 /guest: pair /p; s/.*dmabench: list 64 /guest: list /p'
-fio --name=load --filename=/dev/nvme0n1 --ioengine=io_uring --direct=1 --time_based --ramp_time=${(10 * warmUpMs) / 2000} --runtime=5 --rw=randread --bs=4k \\
-  --iodepth=16 --eta=never --output=/tmp/fio --output-format=json || { cat /tmp/fio; fail fio; }
-awk '/"iops" :/ { printf "guest: iops %d\\n", $3; exit }' /tmp/fio
-`,
+const guest = (modules: readonly string[], moduleFile: string): GuestOptions => ({
+  script: `${modules.map((module) => `modprobe ${module} || exit 1`).join("\n")}
+modprobe nvme || exit 1
+${CONSOLE}`,
   tools: ["fio"],
   modules: ["nvme", ...modules.filter((module) => module !== PVDMA)],
   moduleFiles: [moduleFile],
@@ -68,34 +64,64 @@ awk '/"iops" :/ { printf "guest: iops %d\\n", $3; exit }' /tmp/fio
 
 interface Contender {
   readonly name: string;
-  start(): Promise<HostProcess>;
+  readonly warmUp: typeof WARM_UP;
+  /** Starts it on this device. */
+  start(bdf: string): Promise<HostProcess>;
+}
+
+/** Microseconds of each measure of the module's: medians of its rounds of so many milliseconds. */
+async function measureModule(vmm: HostProcess, ms: number): Promise<{ pair: number; list: number }> {
+  const run = `modprobe dmabench device=${DEVICE} ms=${ms} && modprobe -r dmabench`;
+  const said = await sh(vmm, `dmesg -c > /dev/null; ${run} && dmesg | grep dmabench:`, TIMEOUT_MS);
+  const us = (what: string): number => {
+    const [, ns] = new RegExp(`dmabench: ${what} \\d+ ([\\d ]+)`).exec(said)!;
+    return median(ns!.trim().split(" ").map(Number)) / 1000;
+  };
+  return { pair: us("pair"), list: us("list") };
+}
+
+/** I/Os per second. */
+async function measureDisk(vmm: HostProcess, seconds: number): Promise<number> {
+  const load = "--rw=randread --bs=4k --iodepth=16 --time_based";
+  const fio = `fio_json --name=load --filename=/dev/nvme0n1 ${load} --runtime=${seconds}`;
+  return Number(await sh(vmm, `${fio} && awk '/"iops" :/ { printf "%d", $3; exit }' /tmp/fio`, TIMEOUT_MS));
 }
 
 const files = scratchDir();
-const disk = join(files.path, "disk.raw");
-writeFileSync(disk, "");
-truncateSync(disk, DISK_BYTES);
+/** One for each contender. */
+const disks = Array.from({ length: 8 }, (_, n) => {
+  const file = join(files.path, `disk${n}.raw`);
+  writeFileSync(file, "");
+  truncateSync(file, DISK_BYTES);
+  return { file };
+});
 const { file: module } = await buildModule(await getKernel("6.12"), "test/modules", "dmabench");
 
-const host = await bootL1({ name: "bench-dma", nvme0: { file: disk }, say: progress });
+const host = await bootL1({
+  name: "bench-dma",
+  memoryMiB: 8192,
+  moreNvme: disks,
+  say: progress,
+});
 try {
   const bounds = join(host.shareDir, "bounds");
   await promisify(execFile)("gcc", ["-O2", "-o", bounds, join(repoRoot, "test/bench/bounds.c")]);
-  const bdf = l1Bdf.nvme0;
+  const bdf = l1Bdf.moreNvme(0);
   await bindVfio(host, bdf);
   const group = (await must(host, `basename $(readlink /sys/bus/pci/devices/${bdf}/iommu_group)`)).trim();
 
   const ours = (policy: string): Contender => ({
     name: `pvdma, ${policy}`,
-    start: async () => {
-      const warmUpMs = policy === "lazy" || policy === "strict" ? WARM_UP_CALLS_MS : WARM_UP_MS;
-      const image = await buildGuestImage(guest(policy === "pinned" ? [] : [PVDMA], module, warmUpMs));
+    warmUp: policy === "lazy" || policy === "strict" ? WARM_UP_CALLS : WARM_UP,
+    start: async (bdf) => {
+      const image = await buildGuestImage(guest(policy === "pinned" ? [] : [PVDMA], module));
       return (await RunningVmm.start(host, ["--dma", policy, "--assign", bdf, image])).process;
     },
   });
   const qemu = (name: string, devices: string[], kernelArgs: string, modules: string[]): Contender => ({
     name: `QEMU, ${name}`,
-    start: async () => {
+    warmUp: WARM_UP,
+    start: async (bdf) => {
       const device = ["-device", `vfio-pci,host=${bdf},${QEMU_ADDRESS}`];
       return (await QemuBeside.start(host, [...devices, ...device], guest(modules, module), kernelArgs))
         .process;
@@ -143,19 +169,33 @@ try {
     progress(
       `  round ${round + 1} of ${ROUNDS}: an exit in C: ${figure(bare.get("exit")!.at(-1)!)} µs, ours: ${figure(calls.get("refused")!.at(-1)!)} µs`,
     );
-    for (const [who, contender] of contenders.entries()) {
-      const vmm = await contender.start();
-      for (const { word, unit } of MEASURES) {
-        const [, words] = await vmm.waitFor(
-          new RegExp(`^guest: ${word} ([\\d ]+)\\r?\\n`, "m"),
-          400_000,
-          "stdout",
-        );
-        const value = median(words!.split(" ").map(Number)) / (word === "iops" ? 1 : 1000);
-        results.get(word)![who]!.push(value);
-        progress(`  round ${round + 1} of ${ROUNDS}: ${contender.name}, ${word}: ${figure(value)} ${unit}`);
-      }
-      await vmm.exited;
+  }
+
+  const vmms: HostProcess[] = [];
+  for (const [who, { name, start, warmUp }] of contenders.entries()) {
+    progress(`  ${name} starts`);
+    const bdf = l1Bdf.moreNvme(who);
+    await bindVfio(host, bdf);
+    const vmm = await start(bdf);
+    await vmm.waitFor(/^guest: ready\r?\n/m, TIMEOUT_MS, "stdout");
+    await sh(vmm, "wait_disk", TIMEOUT_MS);
+    await measureModule(vmm, warmUp.ms);
+    await measureDisk(vmm, warmUp.seconds);
+    vmms.push(vmm);
+  }
+  for (let turn = 1; turn <= ROUNDS * TURNS; turn++) {
+    const add = (word: Word, who: number, value: number) => results.get(word)![who]!.push(value);
+    for (const [who, vmm] of vmms.entries()) {
+      const { pair, list } = await measureModule(vmm, MODULE_MS);
+      add("pair", who, pair);
+      add("list", who, list);
+    }
+    for (const [who, vmm] of vmms.entries()) add("iops", who, await measureDisk(vmm, FIO_SECONDS));
+    for (const { word, name, unit } of MEASURES) {
+      const figures = contenders.map(
+        ({ name }, who) => `${name} ${figure(results.get(word)![who]!.at(-1)!)}`,
+      );
+      progress(`  turn ${turn} of ${ROUNDS * TURNS}: ${name}: ${figures.join(", ")} ${unit}`);
     }
   }
   const rows = (word: Word): Row => ({
@@ -174,7 +214,8 @@ try {
     ],
   });
   const about =
-    "An assigned NVMe controller, guest kernel 6.12, 1 vCPU, 512 MiB, after a warm-up, which is longer where calls are made in every round.";
+    "An assigned NVMe controller, guest kernel 6.12, 1 vCPU, 512 MiB, after a warm-up, which is longer where calls reach JavaScript. " +
+    `All guests are there at once, each with a controller of its own, and take turns of seconds: ${ROUNDS * TURNS} each.`;
   present({
     sections: [
       {

@@ -47,6 +47,8 @@ export const l1Bdf = {
   e1000e: "0000:05:00.0",
   /** An NVMe controller and, in the same group, an e1000e network card. */
   pair: ["0000:06:00.0", "0000:06:00.1"],
+  /** The n-th of `moreNvme`, from 0. */
+  moreNvme: (n: number) => `0000:${(PORTS + 1 + n).toString(16).padStart(2, "0")}:00.0`,
 } as const;
 
 /** An NVMe controller over a raw file. Writes are in the file when the guest's write is done (host page cache). */
@@ -74,6 +76,8 @@ export interface L1Options {
   e1000e?: boolean;
   /** The NVMe half of the two-function device. */
   pair?: NvmeDisk;
+  /** For tests with many guests: up to 8. */
+  moreNvme?: readonly NvmeDisk[];
   /** vfio_iommu_type1.dma_entry_limit: mappings per container before MAP_DMA fails with ENOSPC. */
   entryLimit?: number;
   /** Modules with their options, loaded after kvm-amd, vfio-pci and vfio_iommu_type1: ["nvme poll_queues=1"]. */
@@ -345,6 +349,8 @@ class L1Process extends TrackedProcess {
 /** How often the agent is sent an empty line. */
 const WAKE_MS = 1000;
 
+/** Root ports that every L1 has. */
+const PORTS = 6;
 const firstPort = 0x10;
 
 function qemuArgs(
@@ -364,7 +370,8 @@ function qemuArgs(
   ];
   const devices: string[] = [];
   // The root ports, at 0000:00:10.0 and up, get the buses 01, 02, … in this order.
-  for (let bus = 1; bus <= 6; bus++) {
+  const moreNvme = options.moreNvme ?? [];
+  for (let bus = 1; bus <= PORTS + moreNvme.length; bus++) {
     devices.push("-device", `pcie-root-port,id=port${bus},chassis=${bus},addr=${hex(firstPort + bus - 1)}`);
   }
   const nvme = (disk: NvmeDisk, port: string, serial: string, more = ""): void => {
@@ -388,6 +395,7 @@ function qemuArgs(
     e1000e("net1", "bus=port6,addr=0.1");
     nvme(options.pair, "port6", "pair", ",addr=0.0,multifunction=on");
   }
+  for (const [n, disk] of moreNvme.entries()) nvme(disk, `port${PORTS + 1 + n}`, `more${n}`);
   // One processor: with two, each its own thread, QEMU 7.2 may run one over code that the other has just patched, and
   // kernels patch themselves (L1 died of a stale int3 in __schedule when KVM switched its static keys; guests with
   // several vCPUs died likewise). Two processors on one thread hang a nested guest. Guests have as many vCPUs as they
@@ -487,6 +495,8 @@ trap 'echo "lab: init failed"; poweroff -f' EXIT
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
+# Guests' RAM is shared memory: of pages of 2 MiB they boot faster, as nested page faults are slow here.
+echo always > /sys/kernel/mm/transparent_hugepage/shmem_enabled
 ${inserts.join("\n")}
 mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=262144,cache=loose root /outer
 mount -o bind /outer /lower

@@ -2,8 +2,8 @@
 /*
  * Test module: what it costs to map and unmap for DMA, over the plain DMA API, so
  * that it runs under any VMM. Maps pages for a device that has a driver, which goes
- * on as if nothing had happened: nobody tells the device. Prints, and is never
- * loaded for good:
+ * on as if nothing had happened: nobody tells the device. Does its work while it is
+ * loaded, has none afterwards, and prints:
  *
  *   dmabench: pair THREADS NANOSECONDS…	a page mapped and unmapped, by round
  *   dmabench: list ENTRIES NANOSECONDS…	a list of scattered pages
@@ -226,10 +226,14 @@ static int __init dmabench_init(void)
 	for (i = 0; i < threads; i++)
 		put_pages(&benches[i]);
 	pci_dev_put(pdev);
-	/* done: nothing of it stays */
-	return err ?: -EAGAIN;
+	return err;
+}
+
+static void __exit dmabench_exit(void)
+{
 }
 
 module_init(dmabench_init);
+module_exit(dmabench_exit);
 MODULE_DESCRIPTION("Measures the DMA API");
 MODULE_LICENSE("GPL");
