@@ -22,7 +22,7 @@ import { figure, type Row } from "./report.js";
 
 const ROUNDS = Number(process.argv[2] ?? 3);
 /** Of a round: each measure of each contender. */
-const TURNS = 2;
+const TURNS = 3;
 const DISK_BYTES = 256 * 2 ** 20;
 /** Milliseconds for each of the ten figures that the module takes in a turn, and seconds for fio's. */
 const MODULE_MS = 200;

@@ -2,4 +2,4 @@
 
 import { runAssignTests } from "./assign.js";
 
-runAssignTests("6.1", 4);
+runAssignTests("6.1", 2);

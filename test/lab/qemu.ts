@@ -6,6 +6,9 @@ import { join } from "node:path";
 import { buildGuestParts, type GuestOptions, guestEnd } from "./guest.js";
 import { type Host, type HostProcess, shellQuote } from "./host.js";
 
+/** How many have been started. */
+let count = 0;
+
 /** A guest under QEMU in L1. */
 export class QemuBeside {
   private constructor(readonly process: HostProcess) {}
@@ -27,7 +30,8 @@ export class QemuBeside {
     kernelArgs = "",
   ): Promise<QemuBeside> {
     const { kernel, initrd, cmdline } = await buildGuestParts({ ...options, pvdma: false });
-    const initrdFile = join(host.shareDir, "beside-initrd");
+    // A file of its own: a QEMU that still runs has its initrd mapped, and the host would take that for this one.
+    const initrdFile = join(host.shareDir, `beside-initrd${count++}`);
     writeFileSync(initrdFile, initrd);
     // biome-ignore format: one option per line
     const command = [
