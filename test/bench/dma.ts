@@ -1,23 +1,18 @@
 // What a driver pays for DMA: a page mapped and unmapped, a list of scattered pages, and a disk that is read from; an
 // assigned NVMe controller under each of our policies and under QEMU's ways to give a guest a device, in one host. The
-// benchmark module uses the plain DMA API (test/modules/dmabench.c), so it is the same for all. And what the host's kernel
-// costs by itself (bounds.c): nobody can be faster than that. `node build/test/bench/dma.js [ROUNDS]`
+// benchmark module uses the plain DMA API (test/modules/dmabench.c), so it is the same for all.
+// `node build/test/bench/dma.js [ROUNDS]`
 
-import { execFile } from "node:child_process";
-import { truncateSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
-import { promisify } from "node:util";
-import { buildTestGuest } from "../guest/build.js";
-import { repoRoot, scratchDir } from "../lab/cache.js";
+import { scratchDir } from "../lab/cache.js";
 import { buildGuestImage, buildModule, type GuestOptions } from "../lab/guest.js";
-import { bindVfio, type HostProcess, must } from "../lab/host.js";
+import { bindVfio, type HostProcess } from "../lab/host.js";
 import { bootL1, l1Bdf } from "../lab/l1.js";
 import { getKernel } from "../lab/packages.js";
 import { QemuBeside } from "../lab/qemu.js";
 import { CONSOLE } from "../lab/scripts.js";
 import { RunningVmm, sh } from "../lab/support.js";
 import { median } from "../median.js";
-import { present, progress } from "./program.js";
+import { emptyDisk, present, progress } from "./program.js";
 import { figure, type Row } from "./report.js";
 
 const ROUNDS = Number(process.argv[2] ?? 3);
@@ -49,9 +44,6 @@ type Word = (typeof MEASURES)[number]["word"];
  * that its 10 ms would be over before the module's 64 pages have been mapped once.
  */
 const PVDMA = "pvdma lazy_ms=500";
-/** Calls in a round of the guest that makes nothing but calls. */
-const CALLS = 20_000;
-
 const guest = (modules: readonly string[], moduleFile: string): GuestOptions => ({
   script: `${modules.map((module) => `modprobe ${module} || exit 1`).join("\n")}
 modprobe nvme || exit 1
@@ -89,12 +81,7 @@ async function measureDisk(vmm: HostProcess, seconds: number): Promise<number> {
 
 const files = scratchDir();
 /** One for each contender. */
-const disks = Array.from({ length: 8 }, (_, n) => {
-  const file = join(files.path, `disk${n}.raw`);
-  writeFileSync(file, "");
-  truncateSync(file, DISK_BYTES);
-  return { file };
-});
+const disks = Array.from({ length: 8 }, (_, n) => emptyDisk(files.path, `disk${n}.raw`, DISK_BYTES));
 const { file: module } = await buildModule(await getKernel("6.12"), "test/modules", "dmabench");
 
 const host = await bootL1({
@@ -104,12 +91,6 @@ const host = await bootL1({
   say: progress,
 });
 try {
-  const bounds = join(host.shareDir, "bounds");
-  await promisify(execFile)("gcc", ["-O2", "-o", bounds, join(repoRoot, "test/bench/bounds.c")]);
-  const bdf = l1Bdf.moreNvme(0);
-  await bindVfio(host, bdf);
-  const group = (await must(host, `basename $(readlink /sys/bus/pci/devices/${bdf}/iommu_group)`)).trim();
-
   const ours = (policy: string): Contender => ({
     name: `pvdma, ${policy}`,
     warmUp: policy === "lazy" || policy === "strict" ? WARM_UP_CALLS : WARM_UP,
@@ -141,35 +122,8 @@ try {
     qemu("virtio-iommu strict", virtio, "iommu.strict=1", virtioModules),
     qemu("intel-iommu strict", intel, "intel_iommu=on iommu.strict=1", []),
   ];
-  const exits = await buildTestGuest("exits", host.shareDir);
-  /** Microseconds of calls by a guest that does nothing else, with these cycles of the time stamp counter in one. */
-  async function measureCalls(cyclesPerUs: number): Promise<void> {
-    const args = ["--cmdline", `count=${CALLS}`, "--dma", "strict", "--assign", bdf, exits];
-    const { process } = await RunningVmm.start(host, args);
-    for (const [name, values] of calls) {
-      const line = new RegExp(`^guest: ${name} ([\\d ]+)\\r?\\n`, "m");
-      const [, cycles] = await process.waitFor(line, 400_000, "stdout");
-      values.push(median(cycles!.split(" ").map(Number)) / cyclesPerUs);
-    }
-    await process.exited;
-  }
-
   /** By measure and contender, a figure a round. */
   const results = new Map(MEASURES.map(({ word }) => [word, contenders.map((): number[] => [])]));
-  const bare = new Map<string, number[]>();
-  const calls = new Map(["refused", "pair", "list"].map((name) => [name, [] as number[]]));
-  for (let round = 0; round < ROUNDS; round++) {
-    for (const program of [`${bounds} exit`, `${bounds} vfio ${group} ${bdf}`]) {
-      for (const line of (await must(host, program, { timeoutMs: 120_000 })).trim().split("\n")) {
-        const [name, ...ns] = line.split(" ");
-        bare.set(name!, [...(bare.get(name!) ?? []), median(ns.map(Number)) / 1000]);
-      }
-    }
-    await measureCalls(bare.get("cycles")!.at(-1)!);
-    progress(
-      `  round ${round + 1} of ${ROUNDS}: an exit in C: ${figure(bare.get("exit")!.at(-1)!)} µs, ours: ${figure(calls.get("refused")!.at(-1)!)} µs`,
-    );
-  }
 
   const vmms: HostProcess[] = [];
   for (const [who, { name, start, warmUp }] of contenders.entries()) {
@@ -206,13 +160,6 @@ try {
     best: "the best vIOMMU",
     contenders: contenders.map(({ name }) => name).filter((name) => /iommu/.test(name)),
   };
-  const boundRow = (name: string, inC: string, inOurs: string): Row => ({
-    name,
-    bars: [
-      { contender: "C", values: bare.get(inC)! },
-      { contender: "pvdma", values: calls.get(inOurs)! },
-    ],
-  });
   const about =
     "An assigned NVMe controller, guest kernel 6.12, 1 vCPU, 512 MiB, after a warm-up, which is longer where calls reach JavaScript. " +
     `All guests are there at once, each with a controller of its own, and take turns of seconds: ${ROUNDS * TURNS} each.`;
@@ -239,22 +186,6 @@ try {
         reference: "pvdma, pinned",
         peers,
         rows: [rows("iops")],
-      },
-      {
-        id: "bounds",
-        title: "What the host's kernel costs by itself",
-        about:
-          "A minimal C program: an exit to user space and back; VFIO maps of one page and their unmap, without a guest. Beside it " +
-          "our VMM and a guest that does nothing but calls under policy strict: one that is looked at, counted and refused; one " +
-          "that maps, and one that unmaps.",
-        unit: "µs",
-        better: "less",
-        reference: "C",
-        rows: [
-          boundRow("an exit and the way back", "exit", "refused"),
-          boundRow("a page mapped and unmapped", "vfio-pair", "pair"),
-          boundRow("64 pages mapped as one, and one unmap", "vfio-list", "list"),
-        ],
       },
     ],
   });

@@ -2,8 +2,6 @@
 // into 64 MiB, by size of granule; the first pass over a disk and what comes after it; the time to the guest's first
 // word, by size of RAM; and maps from four CPUs at once. `node build/test/bench/memory.js [ROUNDS]`
 
-import { truncateSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { scratchDir } from "../lab/cache.js";
 import { buildGuestImage, buildModule, guestBegin } from "../lab/guest.js";
@@ -14,7 +12,7 @@ import { endDriven, loadNvme, startDriven } from "../lab/recovery.js";
 import { CONSOLE } from "../lab/scripts.js";
 import { bootTimeoutMs, MiB, RunningVmm } from "../lab/support.js";
 import { median } from "../median.js";
-import { present, progress } from "./program.js";
+import { emptyDisk, present, progress } from "./program.js";
 import { type Bar, figure, type Row, type Section } from "./report.js";
 
 const ROUNDS = Number(process.argv[2] ?? 3);
@@ -50,15 +48,13 @@ const SECONDS = 4;
 const THREADS = [1, 4] as const;
 
 const files = scratchDir();
-const disk = join(files.path, "disk.raw");
-writeFileSync(disk, "");
-truncateSync(disk, DISK_MIB * MiB);
 const kernel = await getKernel("6.12");
 const moduleFiles: string[] = [];
 for (const name of ["dmabench", "scatter"])
   moduleFiles.push((await buildModule(kernel, "test/modules", name)).file);
 
-const host = await bootL1({ name: "bench-memory", nvme0: { file: disk }, say: progress });
+const nvme0 = emptyDisk(files.path, "disk.raw", DISK_MIB * MiB);
+const host = await bootL1({ name: "bench-memory", nvme0, say: progress });
 const bdf = l1Bdf.nvme0;
 /** The image that startDriven() makes of the same. */
 const image = await buildGuestImage({ script: CONSOLE, tools: ["fio"], moduleFiles });
