@@ -8,20 +8,19 @@ import { buildTestGuest } from "../guest/build.js";
 import { repoRoot, scratchDir } from "../lab/cache.js";
 import { bindVfio, must } from "../lab/host.js";
 import { bootL1, l1Bdf } from "../lab/l1.js";
-import { RunningVmm } from "../lab/support.js";
+import { blankDisk, RunningVmm } from "../lab/support.js";
 import { median } from "../median.js";
-import { emptyDisk, present, progress } from "./program.js";
+import { present, progress } from "./program.js";
 import { figure, type Row } from "./report.js";
 
 const ROUNDS = Number(process.argv[2] ?? 3);
-/** Calls in a round of the guest's; the first of six does not count. */
+/** Calls or pairs in a round of the guest's, of lists a 16th; the first of six rounds does not count. */
 const CALLS = 20_000;
-const DISK_BYTES = 64 * 2 ** 20;
 const C_TIMEOUT_MS = 120_000;
 const TIMEOUT_MS = 400_000;
 
 const files = scratchDir();
-const nvme0 = emptyDisk(files.path, "disk.raw", DISK_BYTES);
+const nvme0 = blankDisk(files.path, "disk.raw");
 const host = await bootL1({ name: "bench-bounds", nvme0, say: progress });
 try {
   const program = join(host.shareDir, "bounds");
@@ -47,13 +46,13 @@ try {
   async function measureOurs(names: Iterable<string>, cyclesPerUs: number): Promise<Map<string, number>> {
     const figures = new Map<string, number>();
     const args = ["--cmdline", `count=${CALLS}`, "--dma", "strict", "--assign", bdf, exits];
-    const { process } = await RunningVmm.start(host, args);
+    const vmm = await RunningVmm.start(host, args);
     for (const name of names) {
       const line = new RegExp(`^guest: ${name} ([\\d ]+)\\r?\\n`, "m");
-      const [, cycles] = await process.waitFor(line, TIMEOUT_MS, "stdout");
+      const [, cycles] = await vmm.process.waitFor(line, TIMEOUT_MS, "stdout");
       figures.set(name, median(cycles!.split(" ").map(Number)) / cyclesPerUs);
     }
-    await process.exited;
+    if ((await vmm.end(TIMEOUT_MS)).status !== 0) throw new Error(`the VMM failed: ${vmm.process.output}`);
     return figures;
   }
 

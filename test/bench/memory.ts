@@ -10,9 +10,9 @@ import { bootL1, l1Bdf } from "../lab/l1.js";
 import { getKernel } from "../lab/packages.js";
 import { endDriven, loadNvme, startDriven } from "../lab/recovery.js";
 import { CONSOLE } from "../lab/scripts.js";
-import { bootTimeoutMs, MiB, RunningVmm } from "../lab/support.js";
+import { blankDisk, bootTimeoutMs, MiB, RunningVmm } from "../lab/support.js";
 import { median } from "../median.js";
-import { emptyDisk, present, progress } from "./program.js";
+import { present, progress } from "./program.js";
 import { type Bar, figure, type Row, type Section } from "./report.js";
 
 const ROUNDS = Number(process.argv[2] ?? 3);
@@ -53,7 +53,7 @@ const moduleFiles: string[] = [];
 for (const name of ["dmabench", "scatter"])
   moduleFiles.push((await buildModule(kernel, "test/modules", name)).file);
 
-const nvme0 = emptyDisk(files.path, "disk.raw", DISK_MIB * MiB);
+const nvme0 = blankDisk(files.path, "disk.raw", DISK_MIB * MiB);
 const host = await bootL1({ name: "bench-memory", nvme0, say: progress });
 const bdf = l1Bdf.nvme0;
 /** The image that startDriven() makes of the same. */
@@ -282,7 +282,7 @@ async function measureCpus(): Promise<Section> {
   /** A pair's share of the time, over all threads, in microseconds. */
   const bench = async (threads: number, ms: number): Promise<number> => {
     const rounds = await vmm.sh(
-      `dmesg -c > /dev/null; ${load(threads, ms)}; dmesg | sed -n 's/.*dmabench: pair [0-9]* //p'`,
+      `dmesg -c > /dev/null; ${load(threads, ms)} && dmesg | sed -n 's/.*dmabench: pair [0-9]* //p'`,
     );
     // What it says is the mean of the threads' own figures: over their number it is never less than all time by all pairs.
     return median(rounds.trim().split(/\s+/).map(Number)) / threads / 1000;
@@ -299,7 +299,7 @@ async function measureCpus(): Promise<Section> {
   // The module has other pages each time it is loaded, and may have to ask for them at first. Its rounds take 10 s.
   const look = "cat maps; cat ../hypercall_map ../hypercall_unmap";
   const seen = await vmm.sh(
-    `cd /sys/kernel/debug/pvdma/0000:00:01.0; ${load(THREADS.at(-1)!, 2000)} & sleep 4; ${look}; sleep 3; ${look}; wait`,
+    `cd /sys/kernel/debug/pvdma/0000:00:01.0; ${load(THREADS.at(-1)!, 2000)} & sleep 4; ${look}; sleep 3; ${look}; wait $!`,
   );
   const [maps, ...counts] = seen.trim().split("\n").map(Number) as [number, ...number[]];
   const pairs = counts[2]! - maps;

@@ -1,9 +1,6 @@
 // A benchmark is a program of its own, so that what one leaves behind (compiled code, garbage) does not change the next.
 // Run by itself it prints its figures; run.ts starts them all and gathers what they say.
 
-import { truncateSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
-import type { NvmeDisk } from "../lab/l1.js";
 import { type Section, sectionText } from "./report.js";
 
 /** What a benchmark tells run.ts. */
@@ -22,12 +19,4 @@ export function progress(line: string): void {
 export function present(measured: Measured): void {
   if (process.send) process.send(measured);
   else for (const section of measured.sections) console.log(sectionText(section));
-}
-
-/** A disk of so many bytes in a file of its own, all zero. */
-export function emptyDisk(directory: string, name: string, bytes: number): NvmeDisk {
-  const file = join(directory, name);
-  writeFileSync(file, "");
-  truncateSync(file, bytes);
-  return { file };
 }

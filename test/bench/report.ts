@@ -28,7 +28,7 @@ export interface Row {
 
 export interface Bar {
   readonly contender: string;
-  /** One per round, in their order; at least one. */
+  /** One per round or turn, in their order; at least one. */
   readonly values: readonly number[];
 }
 
@@ -139,7 +139,7 @@ export function sectionSvg(section: Section): string {
         `<path d="M${fixed(at(Math.min(...bar.values)))} ${middle}H${fixed(at(Math.max(...bar.values)))}" stroke="#1b1f23" stroke-width="1.5"/>`,
       );
       const times = ratioOf(section, row, bar);
-      const words = `${figure(median(bar.values))}${times === "" ? "" : `   ${times}`}`;
+      const words = `${figure(median(bar.values))}${times === "" ? "" : ` (${times})`}`;
       text(Number(fixed(at(Math.max(...bar.values)))) + 8, y + 13, words);
       y += BAR_STEP;
     }

@@ -27,7 +27,7 @@ ${Object.entries(BENCHMARKS)
   .map(([name, about]) => `  ${name.padEnd(14)} ${about}`)
   .join("\n")}
 
-  --rounds N     times that contenders take turns in the lab (default 3)
+  --rounds N     rounds in the lab, of one or several turns of each contender (default 3)
   --out DIR      where the report goes (default test/bench/REPORT when all are run; else nothing is written).
                  What a report there says of benchmarks that are not run stays in it
   --help
@@ -94,7 +94,7 @@ if (out !== undefined) {
   };
   writeFileSync(file, `${JSON.stringify(report, null, 2)}\n`);
   writeFileSync(join(out, "report.html"), reportHtml(report));
-  for (const section of sections) writeFileSync(join(out, `${section.id}.svg`), sectionSvg(section));
+  for (const section of report.sections) writeFileSync(join(out, `${section.id}.svg`), sectionSvg(section));
   console.error(`the report: ${relative(process.cwd(), join(out, "report.html"))}`);
 }
 

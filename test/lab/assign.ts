@@ -23,7 +23,7 @@ async function fullImage(kernel: KernelSeries): Promise<string> {
 
 /** Runs the tests for one guest kernel: with this many vCPUs, in the soak with 1 and with 4. */
 export function runAssignTests(kernel: KernelSeries, vcpus: 1 | 2): void {
-  const lab = new LabSuite(`assign-${kernel}`, { diskBytes: 16 * MiB });
+  const lab = new LabSuite(`assign-${kernel}`, { diskBytes: 16 * MiB, hugePages: kernel === "6.1" });
   for (const cpus of SOAK ? [1, 4] : [vcpus]) {
     lab.test(
       `a ${kernel} guest with ${cpus} vCPUs reads and writes the whole disk, under 64 MiB locked`,

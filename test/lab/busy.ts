@@ -21,7 +21,7 @@ export class BusyGuests {
   #idlePages = 0;
 
   constructor(name: string) {
-    this.lab = new LabSuite(name, { diskBytes: 2 * MiB, iops: IOPS }, async () => {
+    this.lab = new LabSuite(name, { diskBytes: 2 * MiB, iops: IOPS, hugePages: true }, async () => {
       this.#image = await buildGuestImage({ script: CONSOLE });
       this.#idlePages = await this.lab.pinnedPages();
     });

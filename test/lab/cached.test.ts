@@ -21,7 +21,7 @@ import {
   verify,
 } from "./recovery.js";
 import { CONSOLE } from "./scripts.js";
-import { LabSuite, MiB, RunningVmm } from "./support.js";
+import { assertViewsAgree, LabSuite, MiB, RunningVmm } from "./support.js";
 
 const DISK_MIB = sized(8, 64);
 const lab = new LabSuite("cached", { diskBytes: DISK_MIB * MiB });
@@ -155,6 +155,7 @@ lab.test(
     let before: ReadonlyMap<string, number> | undefined;
     for (let life = 0; life < 2; life++) {
       if (life > 0) {
+        await assertViewsAgree(vmm);
         vmm.process.write("reboot -f\n");
         await vmm.guestSays("ready");
         before = await vmm.statistics();

@@ -15,7 +15,7 @@ const test = suite("edu");
 let host: Host;
 
 test.before(async () => {
-  host = await bootL1({ edu: true, name: "edu" });
+  host = await bootL1({ edu: true, name: "edu", hugePages: true });
   await bindVfio(host, l1Bdf.edu);
 });
 test.after(() => host?.close());

@@ -78,7 +78,7 @@ export function runEmulatedNvmeTests(kernel: KernelSeries): void {
   const test = suite(`emul-nvme-${kernel}`);
   let host: L1;
   test.before(async () => {
-    host = await bootL1({ name: `emul-nvme-${kernel}`, memoryMiB: 2048 });
+    host = await bootL1({ name: `emul-nvme-${kernel}`, memoryMiB: 2048, hugePages: kernel === "6.12" });
   });
   test.after(() => host?.close());
 

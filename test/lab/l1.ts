@@ -35,6 +35,9 @@ import { readModule, resolveModules } from "./modules.js";
 import { getKernel, type Kernel, type KernelSeries, sbinPath } from "./packages.js";
 import { LineReader, portName, type Report, type Request } from "./wire.js";
 
+/** Root ports that every L1 has. */
+const PORTS = 6;
+
 /**
  * Where the devices are in L1. Each sits behind a root port of its own (0000:00:11.0 and up), so each has an IOMMU
  * group of its own; the two functions of `pair` share one.
@@ -78,6 +81,11 @@ export interface L1Options {
   pair?: NvmeDisk;
   /** For tests with many guests: up to 8. */
   moreNvme?: readonly NvmeDisk[];
+  /**
+   * Shared memory, which is what guests' RAM is of, has pages of 2 MiB, which hosts have to be told. Guests boot faster
+   * then, nested page faults being slow here: for tests that are not about memory.
+   */
+  hugePages?: boolean;
   /** vfio_iommu_type1.dma_entry_limit: mappings per container before MAP_DMA fails with ENOSPC. */
   entryLimit?: number;
   /** Modules with their options, loaded after kvm-amd, vfio-pci and vfio_iommu_type1: ["nvme poll_queues=1"]. */
@@ -105,6 +113,7 @@ export async function bootL1(options: L1Options = {}): Promise<L1> {
     for (const module of ["kvm-amd nested=1", "vfio_iommu_type1", "vfio-pci", ...(options.modules ?? [])]) {
       await must(l1, `modprobe ${module}`);
     }
+    if (options.hugePages) await must(l1, "echo always > /sys/kernel/mm/transparent_hugepage/shmem_enabled");
   } catch (error) {
     l1.saveLog();
     await l1.close();
@@ -349,8 +358,6 @@ class L1Process extends TrackedProcess {
 /** How often the agent is sent an empty line. */
 const WAKE_MS = 1000;
 
-/** Root ports that every L1 has. */
-const PORTS = 6;
 const firstPort = 0x10;
 
 function qemuArgs(
@@ -369,8 +376,8 @@ function qemuArgs(
     options.kernelArgs ?? "",
   ];
   const devices: string[] = [];
-  // The root ports, at 0000:00:10.0 and up, get the buses 01, 02, … in this order.
   const moreNvme = options.moreNvme ?? [];
+  // The root ports, at 0000:00:10.0 and up, get the buses 01, 02, … in this order.
   for (let bus = 1; bus <= PORTS + moreNvme.length; bus++) {
     devices.push("-device", `pcie-root-port,id=port${bus},chassis=${bus},addr=${hex(firstPort + bus - 1)}`);
   }
@@ -495,8 +502,6 @@ trap 'echo "lab: init failed"; poweroff -f' EXIT
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
-# Guests' RAM is shared memory: of pages of 2 MiB they boot faster, as nested page faults are slow here.
-echo always > /sys/kernel/mm/transparent_hugepage/shmem_enabled
 ${inserts.join("\n")}
 mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=262144,cache=loose root /outer
 mount -o bind /outer /lower

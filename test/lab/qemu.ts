@@ -1,7 +1,7 @@
 // QEMU as a VMM inside L1, beside ours: the same guest kernel without our module, the same device by VFIO behind a
 // virtual IOMMU, or one that it emulates itself. What it does is shown beside what we do; nothing here judges.
 
-import { writeFileSync } from "node:fs";
+import { rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { buildGuestParts, type GuestOptions, guestEnd } from "./guest.js";
 import { type Host, type HostProcess, shellQuote } from "./host.js";
@@ -47,7 +47,9 @@ export class QemuBeside {
       "-append", `${cmdline} ${kernelArgs}`.trim(),
       "-serial", "stdio",
     ];
-    return new QemuBeside(await host.spawn(`exec ${command.map(shellQuote).join(" ")}`));
+    const process = await host.spawn(`exec ${command.map(shellQuote).join(" ")}`);
+    void process.exited.finally(() => rmSync(initrdFile, { force: true })).catch(() => {});
+    return new QemuBeside(process);
   }
 
   /** Lines `WORD …` that the guest said, without the word; none if it said nothing of the kind. */

@@ -16,7 +16,7 @@ const ROUND_TIMEOUT_MS = 120_000;
 const SLOT = "0000:00:01.0";
 const DEBUGFS = `/sys/kernel/debug/pvdma/${SLOT}`;
 
-const lab = new LabSuite("recovery-probe", { diskBytes: DISK_BYTES });
+const lab = new LabSuite("recovery-probe", { diskBytes: DISK_BYTES, hugePages: true });
 
 /** Binds the driver, reads the disk if there is one, and unbinds it. */
 async function round(vmm: RunningVmm): Promise<{ outcome: string; log: string }> {

@@ -45,7 +45,7 @@ test("text and drawing say the same, and nothing in a name is markup", () => {
     .find((words) => words.includes("cached"))!;
   assert.match(line, /4\.00 .* 2\.00 × pinned, 100 × as fast as the best vIOMMU$/);
   const svg = sectionSvg(it);
-  assert.ok(svg.includes("4.00   2.00 × pinned, 100 × as fast as the best vIOMMU"));
+  assert.ok(svg.includes("4.00 (2.00 × pinned, 100 × as fast as the best vIOMMU)"));
   assert.ok(svg.includes("lazy &amp; co") && !svg.includes("lazy & co"));
 });
 
