@@ -275,6 +275,33 @@ void pvdma_lose(struct pvdma_device *p)
 	queue_work(pvdma_queue, &loss->work);
 }
 
+/*
+ * How often the bus is asked whether the devices are there, milliseconds. Who makes
+ * calls is told by them, but with policy cached drivers seldom make any, under pinned
+ * none, and one that waits for its device has no reason to.
+ */
+#define PVDMA_WATCH_MS	2000
+
+static void pvdma_watch(struct work_struct *work)
+{
+	struct pvdma_device *p;
+	u16 vendor;
+
+	mutex_lock(&pvdma_lock);
+	for (p = pvdma_devices; p < pvdma_devices + PVDMA_DEVICES_MAX; p++) {
+		if (!p->dev || p->removed)
+			continue;
+		pci_read_config_word(to_pci_dev(p->dev), PCI_VENDOR_ID, &vendor);
+		if (PCI_POSSIBLE_ERROR(vendor))
+			pvdma_lose(p);
+	}
+	mutex_unlock(&pvdma_lock);
+	queue_delayed_work(pvdma_queue, to_delayed_work(work),
+			   msecs_to_jiffies(PVDMA_WATCH_MS));
+}
+
+static DECLARE_DELAYED_WORK(pvdma_watching, pvdma_watch);
+
 /* Puts our ops over the device's, before its driver probes. With pvdma_lock. */
 static void pvdma_install(struct pvdma_device *p)
 {
@@ -713,6 +740,7 @@ static int __init pvdma_init(void)
 		pvdma_host.version >> 16, pvdma_host.version & 0xffff,
 		pvdma_host.port, pvdma_host.list_entries);
 	pvdma_look_at_bound();
+	queue_delayed_work(pvdma_queue, &pvdma_watching, 0);
 	return 0;
 
 stats:
@@ -729,6 +757,7 @@ static void __exit pvdma_exit(void)
 	int i;
 
 	bus_unregister_notifier(&pci_bus_type, &pvdma_notifier);
+	cancel_delayed_work_sync(&pvdma_watching);
 	destroy_workqueue(pvdma_queue);
 	pvdma_stats_exit();
 	pvdma_put_tables();

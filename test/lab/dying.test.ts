@@ -154,7 +154,8 @@ say bad $(dmesg | grep -cE 'BUG|WARNING|Oops|left behind')
   assert.is(status, 0);
   assert.is(script, 0);
   assert.equal(linesAbout(vmm, dying), [TAKEN]);
-  assert.ok(stats.get("hypercalls/status/gone")! > 0, "calls were answered `gone`");
+  // Under cached all that it read into may have been mapped: the module has seen that the bus no longer has it.
+  if (policy !== "cached") assert.ok(stats.get("hypercalls/status/gone")! > 0, "calls were answered `gone`");
   assert.is(stats.get("dma/pinned_bytes"), 0);
   await bindVfio(host, dying);
 }
