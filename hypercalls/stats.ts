@@ -10,7 +10,8 @@ export type Stat = readonly [name: string, value: number];
 
 /**
  * Per kind of call. `errors` are calls with another status than ok, but for those that `injected` counts: failures
- * on demand. `pages` were mapped or unmapped.
+ * on demand. `pages` were mapped or unmapped. The times are from a sample of the calls; the total is what all of them took,
+ * as far as the sample tells.
  */
 const CALL_FIELDS = ["calls", "errors", "injected", "pages", "ns_total", "ns_max"] as const;
 type CallField = (typeof CALL_FIELDS)[number];
@@ -48,9 +49,9 @@ export class StatsLane {
 
   /**
    * Counts a call: its number (1 to the number of calls), its device, the status it got, whether a failure was
-   * injected, pages mapped or unmapped, and how long it took.
+   * injected, pages mapped or unmapped.
    */
-  record(call: number, handle: number, status: number, injected: boolean, pages: number, ns: number): void {
+  record(call: number, handle: number, status: number, injected: boolean, pages: number): void {
     const fields = this.#fields;
     const block = handle * BLOCK_FIELDS;
     const at = block + (call - 1) * CALL_FIELDS.length;
@@ -58,9 +59,15 @@ export class StatsLane {
     fields[at + CALLS_FIELD]!++;
     if (status !== 0) this.#countFailure(at, block, call, statusClass, injected);
     fields[at + PAGES_FIELD]! += pages;
-    fields[at + NS_TOTAL_FIELD]! += ns;
-    if (ns > fields[at + NS_MAX_FIELD]!) fields[at + NS_MAX_FIELD] = ns;
     fields[block + CLASS_FIELDS + statusClass]!++;
+  }
+
+  /** How long a call took, which stands for so many calls of its kind. */
+  time(call: number, handle: number, ns: number, standsFor: number): void {
+    const fields = this.#fields;
+    const at = handle * BLOCK_FIELDS + (call - 1) * CALL_FIELDS.length;
+    fields[at + NS_TOTAL_FIELD]! += ns * standsFor;
+    if (ns > fields[at + NS_MAX_FIELD]!) fields[at + NS_MAX_FIELD] = ns;
   }
 
   #countFailure(at: number, block: number, call: number, statusClass: number, injected: boolean): void {

@@ -227,7 +227,8 @@ calls("calls are counted, by kind, class and page, and the lanes of all threads 
 
   const other = new Engine(state, (domain) => backends[domain]!, 1);
   const ours = new Float64Array(state.lanes).slice(0, state.lanes.byteLength / 8 / state.config.lanes);
-  other.lane.record(CALLS.map.number, 1, 0, false, 5, 2 ** 40);
+  other.lane.record(CALLS.map.number, 1, 0, false, 5);
+  other.lane.time(CALLS.map.number, 1, 2 ** 40, 16);
   const after = new Float64Array(state.lanes).slice(0, ours.length);
   assert.deepEqual(after, ours, "a lane has one writer");
   assert.equal(stat(engine, "hypercalls/map/calls"), 4);
@@ -235,6 +236,28 @@ calls("calls are counted, by kind, class and page, and the lanes of all threads 
   assert.equal(stat(engine, "hypercalls/map/ns_max"), 2 ** 40);
   const names = engine.stats().map(([name]) => name);
   assert.equal(new Set(names).size, names.length);
+});
+
+calls("of a kind's calls the first are timed, and then some, which stand for all", () => {
+  const { engine } = makeEngine();
+  let looks = 0;
+  const dispatcher = new Dispatcher(engine, new FakeGuestMemory(), () => looks++);
+  const timed = (count: number): number[] => {
+    const before = looks;
+    for (let i = 0; i < count; i++) {
+      dispatcher.dispatch(Float64Array.of(CALLS.unmap.number, 1, MiB, 1, 0, 0), 0);
+      dispatcher.dispatch(Float64Array.of(CALLS.release.number + 100, 0, 0, 0, 0, 0), 0);
+      dispatcher.dispatch(Float64Array.of(2 ** 32 - 1, 0, 0, 0, 0, 0), 0);
+    }
+    return [(looks - before) / 2, stat(engine, "hypercalls/unmap/ns_total") / 1e6];
+  };
+  assert.deepEqual(timed(16), [16, 16]);
+  assert.deepEqual(timed(15), [0, 16]);
+  assert.deepEqual(timed(1), [1, 32], "one stands for sixteen");
+  assert.deepEqual(timed(160), [10, 192]);
+  assert.equal(stat(engine, "hypercalls/unmap/ns_max"), 1e6, "not for one that took so long");
+  dispatcher.dispatch(Float64Array.of(CALLS.is_assigned.number, 8, 0, 0, 0, 0), 0);
+  assert.equal(stat(engine, "hypercalls/is_assigned/ns_total"), 1e6, "each kind has its own first ones");
 });
 
 calls("random frames never throw, never reach outside the RAM, and leave nothing behind", () => {
