@@ -8,6 +8,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { gunzipSync } from "node:zlib";
 import { suite, type Test } from "uvu";
 import * as assert from "uvu/assert";
+import { isWanted } from "../soak.js";
 import { repoRoot, scratchDir } from "./cache.js";
 import { guestEnd } from "./guest.js";
 import { type Host, type HostProcess, must, shellQuote, tail } from "./host.js";
@@ -319,6 +320,7 @@ async function liveEvidence(vmm: RunningVmm): Promise<string> {
  * Adds a test that prints, when it fails, the consoles of its VMMs and of the host, and that leaves no VMM running.
  */
 export function labTest(test: Test, name: string, host: () => Host, body: () => Promise<void>): void {
+  if (!isWanted(name)) return;
   test(name, async () => {
     started = [];
     const begun = Date.now();
