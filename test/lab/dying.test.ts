@@ -123,6 +123,7 @@ for i in $(seq 300); do [ -e $at:01.0 ] || break; sleep 0.1; done
 say there $(ls -d $at:01.0)
 say neighbour $(od -An -tx2 -N4 $at:02.0/config)
 say hash $(sha256sum $other | cut -d ' ' -f 1)
+say removed $(dmesg | grep -c '01.0: pvdma: the host no longer has this device: removed')
 say bad $(dmesg | grep -cE 'BUG|WARNING|Oops|left behind')
 `,
   });
@@ -149,6 +150,7 @@ say bad $(dmesg | grep -cE 'BUG|WARNING|Oops|left behind')
   assert.is(await vmm.guestSays("there"), "", "the guest's kernel has removed it");
   assert.is(await vmm.guestSays("neighbour"), "8086 10d3", "a device of the same IOMMU group is still there");
   assert.is(await vmm.guestSays("hash"), before, "the other disk");
+  assert.is(await vmm.guestSays("removed"), "1", "by the module, which says so");
   assert.is(await vmm.guestSays("bad"), "0", "complaints of the guest's kernel");
   const { status, script, stats } = await vmm.end();
   assert.is(status, 0);
