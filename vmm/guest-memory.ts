@@ -1,21 +1,26 @@
 // Guest RAM: one memfd, mapped once and for the life of the process, so that no view of it can dangle. Pages nobody
-// touched cost nothing. In the file, and so in host addresses, low and high RAM follow each other without the hole.
+// touched cost nothing. In the file, and so in host addresses, low and high RAM follow each other without the hole. The end
+// of high RAM is memory of the process instead: see descriptorsIn().
 
 import { closeSync, existsSync, ftruncateSync, readFileSync, readSync } from "node:fs";
-import { type Gpa, gpa, HUGE_PAGE_BYTES, type Hva, hva } from "../hypercalls/addresses.js";
+import { type Gpa, gpa, HUGE_PAGE_BYTES, type Hva, hva, PAGE_BYTES } from "../hypercalls/addresses.js";
 import type { GuestMemory as GuestMemoryAccess, RamSlot } from "../hypercalls/guest-ram.js";
 import { VmmError } from "./errors.js";
 import {
+  check,
   MADV_DONTDUMP,
+  MADV_DONTNEED,
   MADV_HUGEPAGE,
   MAP_NORESERVE,
   MFD_HUGETLB_2M,
   madvise,
   memfdCreate,
+  mmapPrivate,
   mmapShared,
   PROT_READ,
   PROT_WRITE,
   punchHole,
+  reserveAddresses,
 } from "./native/libc.js";
 import { memoryWindow, WINDOW_BYTES } from "./native/memory-window.js";
 
@@ -40,6 +45,39 @@ export interface RamDescription {
   readonly fd: number;
   readonly slots: readonly RamPiece[];
   readonly hugePages?: HugePages;
+  /** What is not in the file, where there is such a part. */
+  readonly descriptors?: FileRange;
+}
+
+interface FileRange {
+  readonly fileOffset: number;
+  readonly bytes: number;
+}
+
+/**
+ * Of its RAM Linux takes little from the end (page tables), before that 64 bytes about each page (struct page), and then the
+ * hash tables of its file names and inodes, 12 bytes for 8 KiB.
+ */
+const BEHIND_DESCRIPTORS = 8 * 2 ** 20;
+const DESCRIPTOR_SHARE = 64 / PAGE_BYTES;
+const HASH_SHARE = 16 / 8192;
+
+/**
+ * Where a guest with high RAM keeps what it has to know about its RAM: memblock hands out from the end (linux/mm/sparse.c,
+ * linux/mm/memblock.c). All of it is written before its init runs, 280 MiB for RAM of 16 GiB, and never given to a device,
+ * so that pages of 2 MiB, if the host makes them, cost nothing there and save a fault for each page of 4 KiB. Elsewhere
+ * they are for who asks for them: a page that is pinned keeps all of its large page from being given up. The kernel makes
+ * them of a process's own memory unless told otherwise, and of memfds only if told to.
+ * Undefined where there is no high RAM, or little.
+ */
+export function descriptorsIn(pieces: readonly { readonly bytes: number }[]): FileRange | undefined {
+  const last = pieces.at(-1);
+  if (pieces.length < 2 || last === undefined) return undefined;
+  const end = pieces.reduce((sum, piece) => sum + piece.bytes, 0);
+  const wanted = end * (DESCRIPTOR_SHARE + HASH_SHARE) + BEHIND_DESCRIPTORS;
+  const start = Math.max(end - last.bytes, end - wanted);
+  const fileOffset = Math.ceil(start / HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES;
+  return fileOffset < end ? { fileOffset, bytes: end - fileOffset } : undefined;
 }
 
 /**
@@ -56,7 +94,9 @@ export function createSharedMemory(
   const fd = memfdCreate(name, reserved ? MFD_HUGETLB_2M : 0);
   try {
     ftruncateSync(fd, bytes);
-    const address = mmapShared(fd, bytes, 0, PROT_READ | PROT_WRITE, reserved ? 0 : MAP_NORESERVE);
+    // A large page is one for the guest, too, if it begins at a multiple of its size on both sides.
+    const address = reserveAddresses(bytes, HUGE_PAGE_BYTES);
+    mmapShared(fd, bytes, 0, PROT_READ | PROT_WRITE, reserved ? 0 : MAP_NORESERVE, address);
     madvise(address, bytes, MADV_DONTDUMP);
     if (hugePages === "thp") madvise(address, bytes, MADV_HUGEPAGE);
     return { fd, hva: address };
@@ -89,9 +129,16 @@ export function createRam(
   hugePages?: HugePages,
 ): RamDescription {
   const totalBytes = pieces.reduce((sum, piece) => sum + piece.bytes, 0);
+  const descriptors = hugePages === undefined ? descriptorsIn(pieces) : undefined;
   let memory: ReturnType<typeof createSharedMemory>;
   try {
     memory = createSharedMemory("guest-ram", totalBytes, hugePages);
+    if (descriptors !== undefined) {
+      const at = hva(memory.hva + descriptors.fileOffset);
+      mmapPrivate(at, descriptors.bytes);
+      madvise(at, descriptors.bytes, MADV_DONTDUMP);
+      madvise(at, descriptors.bytes, MADV_HUGEPAGE);
+    }
   } catch (error) {
     const mebibytes = totalBytes / 2 ** 20;
     throw new VmmError(
@@ -105,7 +152,7 @@ export function createRam(
     fileOffset += piece.bytes;
     return slot;
   });
-  return { fd, slots, ...(hugePages && { hugePages }) };
+  return { fd, slots, ...(hugePages && { hugePages }), ...(descriptors && { descriptors }) };
 }
 
 /** Access to guest RAM by guest-physical address. Every thread has its own; all see the same bytes. */
@@ -181,7 +228,12 @@ export class GuestMemory implements GuestMemoryAccess {
   /** All RAM reads as zero again, and costs nothing unless it is reserved. The guest must not be running. */
   clear(): void {
     // What is given back to hugetlbfs somebody else may take.
-    if (this.ram.hugePages !== "hugetlb") punchHole(this.ram.fd, 0, this.totalBytes);
+    const { hugePages, descriptors } = this.ram;
+    if (descriptors !== undefined) {
+      const at = hva(this.base + descriptors.fileOffset);
+      check("madvise", madvise(at, descriptors.bytes, MADV_DONTNEED));
+    }
+    if (hugePages !== "hugetlb") punchHole(this.ram.fd, 0, this.totalBytes);
     else for (let at = 0; at < this.totalBytes; at += WINDOW_BYTES) this.window(at).fill(0);
   }
 

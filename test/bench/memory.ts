@@ -239,7 +239,7 @@ async function measureStart(): Promise<Section[]> {
       const vmm = await RunningVmm.start(host, ["--assign", bdf, ...args, image]);
       await vmm.process.waitFor(guestBegin, bootTimeoutMs, "stdout");
       const seconds = (performance.now() - begun) / 1000;
-      const status = await must(host, `grep RssShmem /proc/${vmm.process.pid}/status`);
+      const status = await must(host, `grep VmRSS /proc/${vmm.process.pid}/status`);
       const touched = Number(/(\d+) kB/.exec(status)![1]) / 1024;
       // Of all VMs that there are, and there is one.
       const faults = Number(await must(host, "cat /sys/kernel/debug/kvm/pf_fixed"));
@@ -249,7 +249,7 @@ async function measureStart(): Promise<Section[]> {
       results[who]!.touched.push(touched);
       results[who]!.faults.push(faults);
       progress(
-        `  round ${round + 1} of ${ROUNDS}: ${name}: init after ${figure(seconds)} s, ${figure(touched)} MiB touched by ${figure(faults)} faults`,
+        `  round ${round + 1} of ${ROUNDS}: ${name}: init after ${figure(seconds)} s, ${figure(touched)} MiB of memory, ${figure(faults)} faults`,
       );
     }
   }
@@ -273,14 +273,14 @@ async function measureStart(): Promise<Section[]> {
     {
       ...common,
       id: "memory-touched",
-      title: "Guest memory that has been touched by then",
+      title: "Memory of the VMM's process by then, its own included",
       unit: "MiB",
       rows: rows("touched"),
     },
     {
       ...common,
       id: "memory-faults",
-      title: "Page faults by which the host's kernel gave it to the guest",
+      title: "Page faults by which the host's kernel gave memory to the guest",
       about: `${about} A kernel writes 64 bytes about each page of its RAM before its init runs.`,
       unit: "faults",
       rows: rows("faults"),

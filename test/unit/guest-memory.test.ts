@@ -4,8 +4,9 @@ import { closeSync, fstatSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { gpa } from "../../hypercalls/addresses.js";
-import { createRam, GuestMemory, ramBytes } from "../../vmm/guest-memory.js";
+import { createRam, descriptorsIn, GuestMemory, ramBytes } from "../../vmm/guest-memory.js";
 
+const MiB = 2 ** 20;
 const GiB = 2 ** 30;
 const PAGE = 4096;
 const test = suite("guest memory");
@@ -51,6 +52,50 @@ test("memory costs only what was touched, and nothing after clear()", () => {
   const got = page(1);
   assert.ok(memory.copyIn(gpa(4 * GiB), PAGE, got));
   assert.ok(got.every((word) => word === 0));
+});
+
+test("the end of high RAM is where Linux describes pages: apart from the file, and large pages if there are any", () => {
+  const low = { bytes: 3 * GiB };
+  assert.is(descriptorsIn([{ bytes: 2 * GiB }]), undefined, "no high RAM");
+  assert.equal(descriptorsIn([low, { bytes: 13 * GiB }]), {
+    fileOffset: 16 * GiB - 296 * MiB,
+    bytes: 296 * MiB,
+  });
+  assert.equal(descriptorsIn([low, { bytes: 5 * MiB }]), { fileOffset: 3 * GiB, bytes: 5 * MiB });
+  assert.equal(descriptorsIn([{ bytes: 3 * GiB + PAGE }, { bytes: 5 * MiB }]), {
+    fileOffset: 3 * GiB + 2 * MiB,
+    bytes: 3 * MiB + PAGE,
+  });
+  assert.is(descriptorsIn([{ bytes: 3 * GiB + PAGE }, { bytes: MiB }]), undefined, "no large page fits");
+
+  const large = createRam([
+    { gpa: 0, bytes: 3 * GiB },
+    { gpa: 4 * GiB, bytes: GiB },
+  ]);
+  try {
+    const [first, second] = large.slots;
+    assert.is(first!.hva % (2 * MiB), 0);
+    assert.is(second!.hva, first!.hva + 3 * GiB);
+    const { fileOffset } = large.descriptors!;
+    const begin = 4 * GiB + (fileOffset - 3 * GiB);
+    const memory = new GuestMemory(large);
+    const got = new Uint32Array(PAGE / 4);
+    memory.write(begin - 4, Uint8Array.of(1, 1, 1, 1, 2, 2, 2, 2));
+    assert.is(fstatSync(large.fd).blocks * 512, PAGE, "the last page before it is the file's");
+    assert.ok(new GuestMemory(large).copyIn(gpa(begin), 4, got));
+    assert.is(got[0], 0x02020202);
+    assert.ok(memory.copyOut(gpa(5 * GiB - PAGE), PAGE, page(7)));
+    memory.clear();
+    for (const at of [begin - PAGE, begin, 5 * GiB - PAGE]) {
+      assert.ok(memory.copyIn(gpa(at), PAGE, got));
+      assert.ok(
+        got.every((word) => word === 0),
+        `gpa ${at}`,
+      );
+    }
+  } finally {
+    closeSync(large.fd);
+  }
 });
 
 test.run();

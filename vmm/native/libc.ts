@@ -88,10 +88,15 @@ const cSetrlimit = c.func("setrlimit", "int", ["int", koffi.pointer(cRlimit)]) a
   limits: Rlimit,
 ) => number;
 
+const PROT_NONE = 0;
 export const PROT_READ = 1;
 export const PROT_WRITE = 2;
 export const MAP_SHARED = 1;
+const MAP_PRIVATE = 2;
+const MAP_FIXED = 0x10;
+const MAP_ANONYMOUS = 0x20;
 export const MAP_NORESERVE = 0x4000;
+export const MADV_DONTNEED = 4;
 export const MADV_HUGEPAGE = 14;
 export const MADV_DONTDUMP = 16;
 const MAP_FAILED = 2 ** 64;
@@ -155,11 +160,46 @@ export function preparedIoctl(fd: number, request: number, arg: number | DataVie
  */
 export const addressOf = (view: ArrayBufferView): Hva => hva(Number(koffi.address(view)));
 
-/** mmap of a file, shared, at an address of the kernel's choosing. `bytes` and `offset` whole pages. Throws. */
-export function mmapShared(fd: number, bytes: number, offset: number, protection: number, flags = 0): Hva {
-  const address = cMmap(0, bytes, protection, MAP_SHARED | flags, fd, offset);
+/** What mmap returned. Throws when that is no address. */
+function mapped(address: number): Hva {
   if (address >= MAP_FAILED - 4096) check("mmap", -koffi.errno());
   return hva(address);
+}
+
+/**
+ * mmap of a file, shared, at an address of the kernel's choosing, or at `at` instead of what is there. `bytes` and `offset`
+ * whole pages. Throws.
+ */
+export function mmapShared(
+  fd: number,
+  bytes: number,
+  offset: number,
+  protection: number,
+  flags = 0,
+  at?: Hva,
+): Hva {
+  const where = at === undefined ? 0 : MAP_FIXED;
+  return mapped(cMmap(at ?? 0, bytes, protection, MAP_SHARED | where | flags, fd, offset));
+}
+
+/** Memory of this process alone, all zero, to read and write, at `at` instead of what is there; whole pages. Throws. */
+export function mmapPrivate(at: Hva, bytes: number): void {
+  const flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE;
+  mapped(cMmap(at, bytes, PROT_READ | PROT_WRITE, flags, -1, 0));
+}
+
+/**
+ * Keeps a range of addresses free for what is to be mapped there, from a multiple of `alignment` (a power of two) on; both
+ * whole pages. Throws.
+ */
+export function reserveAddresses(bytes: number, alignment: number): Hva {
+  const flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  const first = mapped(cMmap(0, bytes + alignment, PROT_NONE, flags, -1, 0));
+  const start = hva(Math.ceil(first / alignment) * alignment);
+  if (start > first) munmap(first, start - first);
+  // What follows is a page at least: first and start are both whole pages, and start - first is less than the alignment.
+  munmap(hva(start + bytes), first + alignment - start);
+  return start;
 }
 
 /** Views of the range must not be used afterwards: the engine does not know that they dangle. */
