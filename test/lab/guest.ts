@@ -54,12 +54,16 @@ export interface GuestOptions {
 
 const CMDLINE = "console=ttyS0,115200 panic=-1";
 /**
- * The lab's processor says that it is a K8, on which Linux looks for an AGP bridge twice at boot, at all 8,192 addresses
- * there can be, through ports. And nobody needs the kernel's cryptography, whose self-tests and random numbers took another
- * quarter of the boot.
+ * The lab's processor says that it is a K8, on which Linux looks for an AGP bridge twice at boot, at all 8,192
+ * addresses there can be, through ports; and it looks for four serial ports. Nobody needs the kernel's
+ * cryptography, whose self-tests and random numbers took another quarter of the boot, nor its keys and the types
+ * of its BPF.
  */
-const LAB_CMDLINE =
-  "pci=noearly cryptomgr.notests initcall_blacklist=jent_mod_init,crypto_kdf108_init,init_encrypted";
+const LAB_CMDLINE = [
+  "pci=noearly cryptomgr.notests 8250.nr_uarts=1",
+  "initcall_blacklist=jent_mod_init,crypto_kdf108_init,init_encrypted,load_system_certificate_list," +
+    "bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init",
+].join(" ");
 
 /** The line before the script's output. */
 export const guestBegin = /^pvdma-guest: begin\r?$/m;
