@@ -371,6 +371,10 @@ function qemuArgs(
     "console=ttyS0,115200 panic=-1 intel_iommu=on log_buf_len=4M random.trust_cpu=on",
     // On a busy machine the boot-time timer test sees too few ticks and panics; the TSC is the outer one's and good.
     "no_timer_check tsc=reliable",
+    // Nobody needs the kernel's cryptography tested, its random numbers and keys, and the types of its BPF.
+    "cryptomgr.notests",
+    "initcall_blacklist=jent_mod_init,load_system_certificate_list," +
+      "bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init",
     options.kernelArgs ?? "",
   ];
   const devices: string[] = [];
