@@ -41,6 +41,7 @@ test.before(async () => {
     edu: true,
     qemuArgs: ["-device", FAILING_DEVICE, "-monitor", `unix:${monitor},server=on,wait=off`],
     name: "dying",
+    hugePages: true,
   });
   for (const bdf of [nvme0, nvme1, edu, failing, ...pair]) await bindVfio(host, bdf);
 });

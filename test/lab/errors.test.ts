@@ -20,6 +20,7 @@ test.before(async () => {
     nvme0: { file: randomDisk(files.path, "a.raw", MiB) },
     pair: { file: randomDisk(files.path, "b.raw", MiB) },
     name: "errors",
+    hugePages: true,
   });
 });
 test.after(async () => {

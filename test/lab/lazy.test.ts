@@ -25,7 +25,7 @@ import { assertViewsAgree, LabSuite, MiB } from "./support.js";
 const DISK_MIB = sized(4, 64);
 const DEVICE = "0000:00:01.0";
 const OTHER = "0000:00:02.0";
-const lab = new LabSuite("lazy", { diskBytes: DISK_MIB * MiB });
+const lab = new LabSuite("lazy", { diskBytes: DISK_MIB * MiB, hugePages: true });
 
 lab.test("the data is right, and there are fewer calls than maps, and far fewer than unmaps", async () => {
   const disk = assignedDisk(lab);

@@ -86,7 +86,7 @@ async function bindForgetful(vmm: RunningVmm, parameters: Record<string, number>
   await vmm.sh(`modprobe forgetful; echo forgetful > ${SYSFS}/driver_override; ${set.join("; ")}; ${BIND}`);
 }
 
-const leaks = new LabSuite("leaks", { diskBytes: 8 * MiB });
+const leaks = new LabSuite("leaks", { diskBytes: 8 * MiB, hugePages: true });
 
 // What the kernels do differently is in nvme's own memory, which only the soak looks at in both.
 for (const kernel of SOAK ? kernelSeries : (["6.12"] as const)) {

@@ -12,7 +12,7 @@ const DISK_MIB = sized(8, 64);
 const test = suite("recovery-emulated");
 let host: L1;
 test.before(async () => {
-  host = await bootL1({ name: "recovery-emulated" });
+  host = await bootL1({ name: "recovery-emulated", hugePages: true });
 });
 test.after(() => host?.close());
 

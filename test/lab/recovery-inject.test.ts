@@ -12,7 +12,7 @@ const files = scratchDir();
 const otherFile = randomDisk(files.path, "other.raw", MiB);
 const lab = new LabSuite(
   "recovery-inject",
-  { diskBytes: DISK_BYTES, nvme1: { file: otherFile } },
+  { diskBytes: DISK_BYTES, nvme1: { file: otherFile }, hugePages: true },
   async () => {
     if (lab.host.kind === "l1") await bindVfio(lab.host, l1Bdf.nvme1);
   },
