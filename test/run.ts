@@ -1,5 +1,6 @@
-// Runs the tests: every compiled *.test.js in a process of its own, as many side by side as there are processors, fast
-// ones first, and ends with one line that counts them. Arguments choose tests by a part of their path.
+// Runs the tests: every compiled *.test.js in a process of its own, as many side by side as there are
+// processors, fast ones first and of the others the longest, and ends with one line that counts them.
+// Arguments choose tests by a part of their path.
 
 import { type ChildProcess, spawn, spawnSync } from "node:child_process";
 import { existsSync, readdirSync } from "node:fs";
@@ -11,6 +12,14 @@ const built = dirname(fileURLToPath(import.meta.url));
 const root = dirname(dirname(built));
 /** In this order: no special file needed; a real machine booted in software. */
 const DIRECTORIES = ["unit", "lab"];
+/** Files that take minutes, the longest first: begun last, one would run alone at the end. */
+const LONG = ["cached", "hostile", "leaks", "recovery-limits", "lazy", "working-set", "calls", "dying"];
+
+/** Where a file stands in its directory: the long ones, then the others by name. */
+function rank(name: string): number {
+  const at = LONG.indexOf(name.replace(/\.test\.js$/, ""));
+  return at < 0 ? LONG.length : at;
+}
 
 function testFiles(): string[] {
   const wanted = process.argv.slice(2);
@@ -20,6 +29,7 @@ function testFiles(): string[] {
     return readdirSync(path)
       .filter((name) => name.endsWith(".test.js"))
       .sort()
+      .sort((one, other) => rank(one) - rank(other))
       .map((name) => join(path, name));
   }).filter((path) => wanted.length === 0 || wanted.some((part) => relative(built, path).includes(part)));
 }
