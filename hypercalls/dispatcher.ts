@@ -22,7 +22,7 @@ export const FRAME_WORDS = 6;
 
 /**
  * Of each kind of call the first so many are timed, and then one of so many, which stands for all of them: to look at the
- * clock twice takes a third of what a map and its books take.
+ * clock twice takes a quarter of what a map and its books take.
  */
 const TIMED = 16;
 
@@ -60,7 +60,7 @@ export class Dispatcher {
       if (isList) frame[2] = 0;
       return;
     }
-    // There is none of a call that is not known, and then nothing is timed.
+    // Calls that are not known have no count: NaN, and they are not timed.
     const calls = ++this.#calls[call]!;
     const standsFor = calls <= TIMED ? 1 : calls % TIMED === 0 ? TIMED : 0;
     const start = standsFor > 0 ? this.#now() : 0;

@@ -56,7 +56,7 @@ interface FileRange {
 
 /**
  * Of its RAM Linux takes little from the end (page tables), before that 64 bytes about each page (struct page), and then the
- * hash tables of its file names and inodes, 12 bytes for 8 KiB.
+ * hash tables of its file names and inodes, 12 bytes for 8 KiB, and smaller ones.
  */
 const BEHIND_DESCRIPTORS = 8 * 2 ** 20;
 const DESCRIPTOR_SHARE = 64 / PAGE_BYTES;
