@@ -60,7 +60,7 @@ export class Dispatcher {
       if (isList) frame[2] = 0;
       return;
     }
-    // Calls that are not known have no count: NaN, and they are not timed.
+    // NaN for a number that is no call's: not timed.
     const calls = ++this.#calls[call]!;
     const standsFor = calls <= TIMED ? 1 : calls % TIMED === 0 ? TIMED : 0;
     const start = standsFor > 0 ? this.#now() : 0;

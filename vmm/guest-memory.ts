@@ -3,6 +3,7 @@
 // of high RAM is memory of the process instead: see descriptorsIn().
 
 import { closeSync, existsSync, ftruncateSync, readFileSync, readSync } from "node:fs";
+import { release } from "node:os";
 import { type Gpa, gpa, HUGE_PAGE_BYTES, type Hva, hva, PAGE_BYTES } from "../hypercalls/addresses.js";
 import type { GuestMemory as GuestMemoryAccess, RamSlot } from "../hypercalls/guest-ram.js";
 import { VmmError } from "./errors.js";
@@ -56,7 +57,8 @@ interface FileRange {
 
 /**
  * Of its RAM Linux takes little from the end (page tables), before that 64 bytes about each page (struct page), and then the
- * hash tables of its file names and inodes, 12 bytes for 8 KiB, and smaller ones.
+ * hash tables of its file names and inodes: 12 bytes for 8 KiB of RAM of 2^n bytes, up to twice that for other sizes, and
+ * fewer above 64 GiB.
  */
 const BEHIND_DESCRIPTORS = 8 * 2 ** 20;
 const DESCRIPTOR_SHARE = 64 / PAGE_BYTES;
@@ -64,20 +66,33 @@ const HASH_SHARE = 16 / 8192;
 
 /**
  * Where a guest with high RAM keeps what it has to know about its RAM: memblock hands out from the end (linux/mm/sparse.c,
- * linux/mm/memblock.c). All of it is written before its init runs, 280 MiB for RAM of 16 GiB, and never given to a device,
- * so that pages of 2 MiB, if the host makes them, cost nothing there and save a fault for each page of 4 KiB. Elsewhere
- * they are for who asks for them: a page that is pinned keeps all of its large page from being given up. The kernel makes
- * them of a process's own memory unless told otherwise, and of memfds only if told to.
- * Undefined where there is no high RAM, or little.
+ * linux/mm/memblock.c). Nearly all of it is written before its init runs, 280 MiB for RAM of 16 GiB, and that is never
+ * given to a device, so that pages of 2 MiB, if the host makes them, save a fault for each page of 4 KiB and take no more
+ * memory. The range is a little larger than that, and the rest of it RAM as any other. Elsewhere large pages are for who
+ * asks for them: one that is pinned in part is not given up at all. The kernel makes them of a process's own memory unless
+ * told otherwise, and of memfds only if told to. Undefined where there is no high RAM, or too little.
  */
 export function descriptorsIn(pieces: readonly { readonly bytes: number }[]): FileRange | undefined {
   const last = pieces.at(-1);
   if (pieces.length < 2 || last === undefined) return undefined;
   const end = pieces.reduce((sum, piece) => sum + piece.bytes, 0);
+  // What does not fit high RAM is in low RAM.
+  if (last.bytes < end * DESCRIPTOR_SHARE) return undefined;
   const wanted = end * (DESCRIPTOR_SHARE + HASH_SHARE) + BEHIND_DESCRIPTORS;
   const start = Math.max(end - last.bytes, end - wanted);
   const fileOffset = Math.ceil(start / HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES;
-  return fileOffset < end ? { fileOffset, bytes: end - fileOffset } : undefined;
+  return fileOffset + HUGE_PAGE_BYTES <= end ? { fileOffset, bytes: end - fileOffset } : undefined;
+}
+
+/**
+ * Whether this kernel, when it pins a page of a process's own memory for reading alone, pins the one that a later write will
+ * change. Before 6.2 it may be the page of zeros that all processes have in common, and a device would go on reading
+ * zeros from there, whatever the guest had written meanwhile (linux/mm/gup.c, gup_must_unshare). A file's pages, a
+ * memfd's among them, are pinned as they are by all kernels.
+ */
+export function pinsPrivatePages(kernel: string): boolean {
+  const [, major, minor] = /^(\d+)\.(\d+)/.exec(kernel) ?? [];
+  return Number(major) > 6 || (Number(major) === 6 && Number(minor) >= 2);
 }
 
 /**
@@ -122,15 +137,18 @@ function advice(totalBytes: number, hugePages: HugePages | undefined): string {
 }
 
 /**
- * Makes RAM of the given pieces (whole pages of its kind, ascending, apart). Throws a VmmError when the system refuses.
+ * Makes RAM of the given pieces (whole pages of its kind, ascending, apart). `kernel` is the host's release. Throws a VmmError
+ * when the system refuses.
  */
 export function createRam(
   pieces: readonly { gpa: number; bytes: number }[],
   hugePages?: HugePages,
+  kernel = release(),
 ): RamDescription {
   const totalBytes = pieces.reduce((sum, piece) => sum + piece.bytes, 0);
-  const descriptors = hugePages === undefined ? descriptorsIn(pieces) : undefined;
-  let memory: ReturnType<typeof createSharedMemory>;
+  const mayBePrivate = hugePages === undefined && pinsPrivatePages(kernel);
+  const descriptors = mayBePrivate ? descriptorsIn(pieces) : undefined;
+  let memory: ReturnType<typeof createSharedMemory> | undefined;
   try {
     memory = createSharedMemory("guest-ram", totalBytes, hugePages);
     if (descriptors !== undefined) {
@@ -140,6 +158,7 @@ export function createRam(
       madvise(at, descriptors.bytes, MADV_HUGEPAGE);
     }
   } catch (error) {
+    if (memory !== undefined) closeSync(memory.fd);
     const mebibytes = totalBytes / 2 ** 20;
     throw new VmmError(
       `${mebibytes} MiB of guest RAM cannot be had: ${(error as Error).message}; ${advice(totalBytes, hugePages)}`,
@@ -227,12 +246,12 @@ export class GuestMemory implements GuestMemoryAccess {
 
   /** All RAM reads as zero again, and costs nothing unless it is reserved. The guest must not be running. */
   clear(): void {
-    // What is given back to hugetlbfs somebody else may take.
     const { hugePages, descriptors } = this.ram;
     if (descriptors !== undefined) {
       const at = hva(this.base + descriptors.fileOffset);
       check("madvise", madvise(at, descriptors.bytes, MADV_DONTNEED));
     }
+    // What is given back to hugetlbfs somebody else may take.
     if (hugePages !== "hugetlb") punchHole(this.ram.fd, 0, this.totalBytes);
     else for (let at = 0; at < this.totalBytes; at += WINDOW_BYTES) this.window(at).fill(0);
   }

@@ -217,7 +217,7 @@ async function measureGranules(): Promise<Section[]> {
   }));
 }
 
-/** The time from the VMM's start to the first word of the guest's init, and the memory that was touched until then. */
+/** The time from the VMM's start to the first word of the guest's init, and its memory and the nested faults until then. */
 async function measureStart(): Promise<Section[]> {
   const thp = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
   await must(host, `echo advise > ${thp}`);

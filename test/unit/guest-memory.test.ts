@@ -1,10 +1,10 @@
 // Guest RAM through windows: a call page may lie in any of them, and at the very end of a piece.
 
-import { closeSync, fstatSync } from "node:fs";
+import { closeSync, existsSync, fstatSync, readFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { gpa } from "../../hypercalls/addresses.js";
-import { createRam, descriptorsIn, GuestMemory, ramBytes } from "../../vmm/guest-memory.js";
+import { createRam, descriptorsIn, GuestMemory, pinsPrivatePages, ramBytes } from "../../vmm/guest-memory.js";
 
 const MiB = 2 ** 20;
 const GiB = 2 ** 30;
@@ -54,6 +54,38 @@ test("memory costs only what was touched, and nothing after clear()", () => {
   assert.ok(got.every((word) => word === 0));
 });
 
+const LARGE = [
+  { gpa: 0, bytes: 3 * GiB },
+  { gpa: 4 * GiB, bytes: GiB },
+];
+
+/** Permissions and flags of what is mapped from this address on. */
+function mappingAt(address: number): { permissions: string; flags: string[] } {
+  const smaps = readFileSync("/proc/self/smaps", "latin1");
+  const begin = address.toString(16).padStart(8, "0");
+  const found = new RegExp(`^${begin}-\\S+ (\\S+)[^]*?^VmFlags: (.*)$`, "m").exec(smaps);
+  assert.ok(found, `nothing begins at ${begin}`);
+  return { permissions: found![1]!, flags: found![2]!.trim().split(" ") };
+}
+
+test("all RAM is the file's on kernels that may pin the page of zeros for who will read what is written later", () => {
+  for (const [kernel, pins] of [
+    ["5.10.0-33-amd64", false],
+    ["6.1.0-50-amd64", false],
+    ["6.2.0", true],
+    ["6.12.107+deb12-amd64", true],
+    ["7.0.0-rc1", true],
+    ["10.0", true],
+    ["unheard of", false],
+  ] as const)
+    assert.is(pinsPrivatePages(kernel), pins, kernel);
+  const all = createRam(LARGE, undefined, "6.1.0-50-amd64");
+  assert.is(all.descriptors, undefined);
+  new GuestMemory(all).write(5 * GiB - PAGE, Uint8Array.of(1));
+  assert.is(fstatSync(all.fd).blocks * 512, PAGE);
+  closeSync(all.fd);
+});
+
 test("the end of high RAM is where Linux describes pages: apart from the file, and large pages if there are any", () => {
   const low = { bytes: 3 * GiB };
   assert.is(descriptorsIn([{ bytes: 2 * GiB }]), undefined, "no high RAM");
@@ -61,23 +93,25 @@ test("the end of high RAM is where Linux describes pages: apart from the file, a
     fileOffset: 16 * GiB - 296 * MiB,
     bytes: 296 * MiB,
   });
-  assert.equal(descriptorsIn([low, { bytes: 5 * MiB }]), { fileOffset: 3 * GiB, bytes: 5 * MiB });
-  assert.equal(descriptorsIn([{ bytes: 3 * GiB + PAGE }, { bytes: 5 * MiB }]), {
-    fileOffset: 3 * GiB + 2 * MiB,
-    bytes: 3 * MiB + PAGE,
+  assert.is(descriptorsIn([low, { bytes: 5 * MiB }]), undefined, "they do not fit high RAM");
+  assert.equal(descriptorsIn([{ bytes: 64 * MiB + PAGE }, { bytes: 6 * MiB }]), {
+    fileOffset: 66 * MiB,
+    bytes: 4 * MiB + PAGE,
   });
-  assert.is(descriptorsIn([{ bytes: 3 * GiB + PAGE }, { bytes: MiB }]), undefined, "no large page fits");
+  assert.is(descriptorsIn([{ bytes: 3 * MiB + PAGE }, { bytes: MiB }]), undefined, "no large page fits");
 
-  const large = createRam([
-    { gpa: 0, bytes: 3 * GiB },
-    { gpa: 4 * GiB, bytes: GiB },
-  ]);
+  const large = createRam(LARGE, undefined, "6.2.0");
   try {
     const [first, second] = large.slots;
     assert.is(first!.hva % (2 * MiB), 0);
     assert.is(second!.hva, first!.hva + 3 * GiB);
     const { fileOffset } = large.descriptors!;
     const begin = 4 * GiB + (fileOffset - 3 * GiB);
+    const { permissions, flags } = mappingAt(first!.hva + fileOffset);
+    assert.is(permissions, "rw-p");
+    assert.ok(flags.includes("dd"), "not in core dumps");
+    if (existsSync("/sys/kernel/mm/transparent_hugepage"))
+      assert.ok(flags.includes("hg"), "large pages are asked for");
     const memory = new GuestMemory(large);
     const got = new Uint32Array(PAGE / 4);
     memory.write(begin - 4, Uint8Array.of(1, 1, 1, 1, 2, 2, 2, 2));
