@@ -320,7 +320,10 @@ async function liveEvidence(vmm: RunningVmm): Promise<string> {
  * Adds a test that prints, when it fails, the consoles of its VMMs and of the host, and that leaves no VMM running.
  */
 export function labTest(test: Test, name: string, host: () => Host, body: () => Promise<void>): void {
-  if (!isWanted(name)) return;
+  if (!isWanted(name)) {
+    test.skip(name, body);
+    return;
+  }
   test(name, async () => {
     started = [];
     const begun = Date.now();
@@ -378,6 +381,7 @@ export class LabSuite {
   bdf!: string;
   readonly #suite: Test;
   readonly #disk: string;
+  #wanted = 0;
 
   /** `prepare` runs once, when the host is up and before the first test. */
   constructor(name: string, options: LabOptions = {}, prepare?: () => Promise<void>) {
@@ -390,6 +394,7 @@ export class LabSuite {
       ...(properties && { properties }),
     };
     this.#suite.before(async () => {
+      if (this.#wanted === 0) return;
       try {
         ({ host: this.host, bdf: this.bdf } = await openHost({ ...hostOptions, nvme0, name }));
         await prepare?.();
@@ -405,6 +410,7 @@ export class LabSuite {
   }
 
   test(name: string, body: () => Promise<void>): void {
+    if (isWanted(name)) this.#wanted++;
     labTest(this.#suite, name, () => this.host, body);
   }
 
