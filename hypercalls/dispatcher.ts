@@ -21,10 +21,12 @@ import {
 export const FRAME_WORDS = 6;
 
 /**
- * Of each kind of call the first so many are timed, and then one of so many, which stands for all of them: to look at the
- * clock twice takes a quarter of what a map and its books take.
+ * Of each kind of call so many are timed, and then one of 16 or so, at random, which stands for those since the last one: to
+ * look at the clock twice takes a quarter of what a map and its books take. At random, so that of devices that call by
+ * turns each has its share.
  */
-const TIMED = 16;
+const ALL_TIMED = 4096;
+const GAP_BITS = 5;
 
 /** Services the calls of one vCPU, on its thread. */
 export class Dispatcher {
@@ -32,8 +34,12 @@ export class Dispatcher {
   readonly #memory: GuestMemory;
   /** This thread's copy of the call page: what was checked is what is used, whatever the guest writes meanwhile. */
   readonly #page = new Uint32Array(LIMITS.callPageBytes / 4);
-  /** Calls so far, by number. */
-  readonly #calls = new Uint32Array(CALL_NAMES.length + 1);
+  // By number of the call: those timed so far, up to ALL_TIMED; those from the last that was timed to the next; and of these
+  // the ones to come. There is no call 0.
+  readonly #timed = new Int32Array(CALL_NAMES.length + 1);
+  readonly #gap = new Int32Array(CALL_NAMES.length + 1).fill(1, 1);
+  readonly #left = new Int32Array(CALL_NAMES.length + 1).fill(1, 1);
+  #random = 1;
   readonly #now: () => number;
 
   /** `now`: a clock in ms. */
@@ -60,9 +66,7 @@ export class Dispatcher {
       if (isList) frame[2] = 0;
       return;
     }
-    // NaN for a number that is no call's: not timed.
-    const calls = ++this.#calls[call]!;
-    const standsFor = calls <= TIMED ? 1 : calls % TIMED === 0 ? TIMED : 0;
+    const standsFor = this.#standsFor(call);
     const start = standsFor > 0 ? this.#now() : 0;
     const result = isList ? this.#list(call, frame) : this.#single(call, frame);
     frame[0] = result;
@@ -71,6 +75,24 @@ export class Dispatcher {
       lane.record(call, engine.handle, result, engine.injected, engine.pages);
       if (standsFor > 0) lane.time(call, engine.handle, Math.round((this.#now() - start) * 1e6), standsFor);
     }
+  }
+
+  /** The calls for which this one is timed; 0: it is not, and never is a number that is no call's. */
+  #standsFor(call: number): number {
+    const left = this.#left[call]! - 1;
+    if (left > 0) this.#left[call] = left;
+    if (left !== 0) return 0;
+    const standsFor = this.#gap[call]!;
+    let gap = 1;
+    if (this.#timed[call]! < ALL_TIMED) this.#timed[call]!++;
+    if (this.#timed[call]! === ALL_TIMED) {
+      // Numerical Recipes' generator, of which the high bits are good.
+      this.#random = (Math.imul(this.#random, 1664525) + 1013904223) | 0;
+      gap = 1 + (this.#random >>> (32 - GAP_BITS));
+    }
+    this.#gap[call] = gap;
+    this.#left[call] = gap;
+    return standsFor;
   }
 
   #single(call: number, frame: Float64Array): number {

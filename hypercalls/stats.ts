@@ -10,8 +10,8 @@ export type Stat = readonly [name: string, value: number];
 
 /**
  * Per kind of call. `errors` are calls with another status than ok, but for those that `injected` counts: failures
- * on demand. `pages` were mapped or unmapped. The times are from a sample of the calls; the total is what all of them took,
- * as far as the sample tells.
+ * on demand. `pages` were mapped or unmapped. The times are from a sample of the calls: the total is what all of them took
+ * as far as the sample tells, the largest that of the sample.
  */
 const CALL_FIELDS = ["calls", "errors", "injected", "pages", "ns_total", "ns_max"] as const;
 type CallField = (typeof CALL_FIELDS)[number];

@@ -132,6 +132,8 @@ void guest_main(void)
 		print("guest: no host\n");
 		return;
 	}
+	/* a list counts for 16 */
+	must(count >= 16, "count=N: 16 at the least");
 	handle = find_device();
 	if (wanted("refused"))
 		measure("refused", refused, count);

@@ -242,20 +242,39 @@ calls("of a kind's calls the first are timed, and then some, which stand for all
   const { engine } = makeEngine();
   let looks = 0;
   const dispatcher = new Dispatcher(engine, new FakeGuestMemory(), () => looks++);
-  const timed = (count: number): number[] => {
+  const unmap = (handle: number) =>
+    dispatcher.dispatch(Float64Array.of(CALLS.unmap.number, handle, MiB, 1, 0, 0), 0);
+  const total = (device = "") => stat(engine, `${device}hypercalls/unmap/ns_total`) / 1e6;
+  /** How many of so many calls were timed. */
+  const timed = (count: number): number => {
     const before = looks;
-    for (let i = 0; i < count; i++) {
-      dispatcher.dispatch(Float64Array.of(CALLS.unmap.number, 1, MiB, 1, 0, 0), 0);
-      dispatcher.dispatch(Float64Array.of(CALLS.release.number + 100, 0, 0, 0, 0, 0), 0);
-      dispatcher.dispatch(Float64Array.of(2 ** 32 - 1, 0, 0, 0, 0, 0), 0);
-    }
-    return [(looks - before) / 2, stat(engine, "hypercalls/unmap/ns_total") / 1e6];
+    // Two devices, by turns.
+    for (let i = 0; i < count; i++) unmap(1 + (i % 2));
+    return (looks - before) / 2;
   };
-  assert.deepEqual(timed(16), [16, 16]);
-  assert.deepEqual(timed(15), [0, 16]);
-  assert.deepEqual(timed(1), [1, 32], "one stands for sixteen");
-  assert.deepEqual(timed(160), [10, 192]);
-  assert.equal(stat(engine, "hypercalls/unmap/ns_max"), 1e6, "not for one that took so long");
+  assert.equal(timed(4096), 4096);
+  assert.equal(total(), 4096);
+  const later = timed(64_000);
+  assert.ok(later > 64_000 / 20 && later < 64_000 / 14, `${later} of 64,000`);
+  const all = 4096 + 64_000;
+  assert.ok(
+    total() <= all && total() > all - 32,
+    `${total()} for ${all}: those since the last wait for the next`,
+  );
+  for (const name of ["0000:01:00.0", "0000:02:00.0"]) {
+    const its = total(`devices/${name}/`);
+    assert.ok(its > 0.45 * all && its < 0.55 * all, `${name}: ${its} of ${all}`);
+  }
+  assert.equal(
+    stat(engine, "hypercalls/unmap/ns_max"),
+    1e6,
+    "the largest is of one call, not of all it stands for",
+  );
+
+  const before = looks;
+  for (const number of [0, CALL_NAMES.length + 1, 2 ** 32 - 1])
+    for (let i = 0; i < 40; i++) dispatcher.dispatch(Float64Array.of(number, 0, 0, 0, 0, 0), 0);
+  assert.equal(looks, before, "what is no call is not timed");
   dispatcher.dispatch(Float64Array.of(CALLS.is_assigned.number, 8, 0, 0, 0, 0), 0);
   assert.equal(stat(engine, "hypercalls/is_assigned/ns_total"), 1e6, "each kind has its own first ones");
 });
