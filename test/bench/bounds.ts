@@ -24,7 +24,10 @@ const nvme0 = blankDisk(files.path, "disk.raw");
 const host = await bootL1({ name: "bench-bounds", nvme0, say: progress });
 try {
   const program = join(host.shareDir, "bounds");
-  await promisify(execFile)("gcc", ["-O2", "-o", program, join(repoRoot, "test/bench/bounds.c")]);
+  await promisify(execFile)("gcc", [
+    ...["-O2", "-I", join(repoRoot, "guest-shim")],
+    ...["-o", program, join(repoRoot, "test/bench/bounds.c")],
+  ]);
   const exits = await buildTestGuest("exits", host.shareDir);
   const bdf = l1Bdf.nvme0;
   await bindVfio(host, bdf);

@@ -65,13 +65,10 @@ static u64 read64(u64 gpa)
 
 static bool find_edu(void)
 {
-	for (slot = 1; slot < 32; slot++) {
-		if (pci_read(slot, 0, 0) != EDU_ID)
-			continue;
+	slot = edu_find(&host, &counters, &device);
+	if (slot)
 		edu = edu_enable(slot);
-		return pvdma_is_assigned(&host, &counters, slot << 3, &device) == 0 && device.handle;
-	}
-	return false;
+	return slot;
 }
 
 /* Waits until bits of a register are as wanted; false when they are not for long. */

@@ -44,10 +44,29 @@ static inline u64 edu_enable(u32 slot)
 	return pci_read(slot, 0, PCI_BAR0) & ~0xfu;
 }
 
+/** edu_find() - the slot of the first edu, if it is assigned; 0 otherwise */
+static inline u32 edu_find(const struct pvdma_host *host, struct pvdma_counters *counters,
+			   struct pvdma_assignment *answer)
+{
+	u32 slot = 1;
+
+	while (slot < 32 && pci_read(slot, 0, 0) != EDU_ID)
+		slot++;
+	if (slot == 32 || pvdma_is_assigned(host, counters, slot << 3, answer) || !answer->handle)
+		return 0;
+	return slot;
+}
+
 /** edu_busy() - is the last copy not done yet? */
 static inline bool edu_busy(u64 edu)
 {
 	return read32(edu + EDU_COMMAND) & EDU_RUN;
+}
+
+static inline void edu_wait(u64 edu)
+{
+	while (edu_busy(edu))
+		relax();
 }
 
 static inline void edu_copy(u64 edu, u64 from, u64 to, u32 bytes, u32 command)

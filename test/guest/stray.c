@@ -14,31 +14,25 @@ static u64 registers;
 
 static bool find_edu(void)
 {
-	u32 slot;
+	u32 slot = edu_find(&host, &counters, &edu);
 
-	for (slot = 1; slot < 32; slot++) {
-		if (pci_read(slot, 0, 0) != EDU_ID)
-			continue;
+	if (slot)
 		registers = edu_enable(slot);
-		return pvdma_is_assigned(&host, &counters, slot << 3, &edu) == 0 && edu.handle;
-	}
-	return false;
+	return slot;
 }
 
 /* 16 bytes from the bus address into the device. */
 static void fetch(u64 iova)
 {
 	edu_fetch(registers, iova, 16);
-	while (edu_busy(registers))
-		;
+	edu_wait(registers);
 }
 
 /* And the other way. */
 static void store(u64 iova)
 {
 	edu_store(registers, iova, 16);
-	while (edu_busy(registers))
-		;
+	edu_wait(registers);
 }
 
 /* Bytes to the device and back, elsewhere in the page. */

@@ -21,15 +21,11 @@ static u64 registers;
 
 static bool find_edu(void)
 {
-	u32 slot;
+	u32 slot = edu_find(&host, &counters, &edu);
 
-	for (slot = 1; slot < 32; slot++) {
-		if (pci_read(slot, 0, 0) != EDU_ID)
-			continue;
+	if (slot)
 		registers = edu_enable(slot);
-		return pvdma_is_assigned(&host, &counters, slot << 3, &edu) == 0 && edu.handle;
-	}
-	return false;
+	return slot;
 }
 
 static u64 map(u64 gpa, u32 flags)
@@ -41,12 +37,6 @@ static u64 map(u64 gpa, u32 flags)
 		return iova;
 	print("guest: cannot map %lx\n", (unsigned long)gpa);
 	power_off();
-}
-
-static void wait(void)
-{
-	while (edu_busy(registers))
-		relax();
 }
 
 /* Words that the device did not read as they had been written. */
@@ -64,9 +54,9 @@ static u32 wrong_words(u64 gpa, u64 back_iova, bool read_before)
 		back[i] = 0;
 	}
 	edu_fetch(registers, iova, WORDS * sizeof(u32));
-	wait();
+	edu_wait(registers);
 	edu_store(registers, back_iova, WORDS * sizeof(u32));
-	wait();
+	edu_wait(registers);
 	for (i = 0; i < WORDS; i++)
 		wrong += ((volatile u32 *)back)[i] != (u32)gpa + i + 1;
 	pvdma_unmap(&host, &counters, edu.handle, iova, PVDMA_PAGE_BYTES);
