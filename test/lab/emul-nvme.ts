@@ -21,11 +21,29 @@ const PARTITION = "/dev/nvme0n1p1";
 const PARTITION_BYTES = 2 ** 20;
 const FIO_MIB = sized(2, 16);
 
-const fileSystem = `file_system() {
+/**
+ * - `file_system NAME OPTIONS…`: fio writes a file and verifies it; prints `error` and their number.
+ * - `keep_writing`: begins writes that do not end and returns when many are done and some are on their way; if they end
+ *   after all, prints why and fails.
+ */
+const FIO = `file_system() {
   name=$1; shift
   fio --name=$name --directory=/mnt --rw=randwrite --bs=4k --size=${FIO_MIB}M --direct=1 --verify=crc32c --do_verify=1 \\
     --verify_fatal=1 --eta=never --output=/tmp/fio --output-format=json "$@" || { cat /tmp/fio; return 1; }
   awk '/"error" :/ { error += $3 } END { print "error " error }' /tmp/fio
+}
+written() { awk '{ print $5 }' /sys/block/nvme0n1/stat; }
+in_flight() { awk '{ print $2 }' /sys/block/nvme0n1/inflight; }
+keep_writing() {
+  before=$(written)
+  {
+    fio --name=busy --directory=/mnt --rw=randwrite --bs=4k --size=${FIO_MIB}M --direct=1 --ioengine=io_uring \\
+      --iodepth=32 --time_based --runtime=1d --eta=never > /tmp/busy 2>&1
+    : > /tmp/ended
+  } &
+  until [ $(($(written) - before)) -ge 200 ] && [ $(in_flight) -ge 1 ]; do
+    [ ! -e /tmp/ended ] || { cat /tmp/busy; return 1; }
+  done
 }
 `;
 
@@ -85,7 +103,7 @@ export function runEmulatedNvmeTests(kernel: KernelSeries): void {
   const start = async (): Promise<RunningVmm> => {
     const image = await buildGuestImage({
       kernel,
-      script: fileSystem + CONSOLE,
+      script: FIO + CONSOLE,
       modules: ["nvme", "ext4", "crc32c_generic"],
       tools: ["fio", "nvme", "sfdisk", "mkfs.ext4", "fsck.ext4"],
     });
@@ -158,12 +176,7 @@ export function runEmulatedNvmeTests(kernel: KernelSeries): void {
         const killed = await start();
         await killed.sh(`mount -t ext4 ${PARTITION} /mnt`);
         const sealed = await seal(killed);
-        await killed.sh(
-          "(while true; do file_system busy --ioengine=io_uring --iodepth=32; done > /dev/null 2>&1 &)",
-        );
-        await killed.sh(
-          "until [ $(cat /sys/block/nvme0n1/inflight | awk '{ print $2 }') -ge 8 ]; do :; done",
-        );
+        await killed.sh("keep_writing");
         killed.process.kill("SIGKILL");
         await killed.process.exited;
 
