@@ -1,6 +1,7 @@
 // Counters of the hypercalls: a lane per thread in shared memory, in it a block per device and one, the first, for
 // calls that are no device's. A lane has one writer, so nothing is locked and nothing is atomic: an aligned 64-bit
-// store does not tear on the machines we run on, and a reader that adds up the lanes may be a call late, no more.
+// store does not tear on the machines we run on, and a reader that adds up the lanes may be a call late, no more
+// (`ns_total` by the calls since the last that was timed).
 
 import { CALL_NAMES, CALLS, type CallName, STATUS, type StatusClass } from "./abi.js";
 import { statusClassOf } from "./status.js";

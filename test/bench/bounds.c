@@ -59,7 +59,7 @@ static void measure(const char *name, void (*once)(void))
 		unsigned long count = 0;
 
 		do {
-			/* the clock costs as much as a part of what is measured */
+			/* to look at the clock takes a good part of what is measured */
 			for (i = 0; i < BATCH; i++)
 				once();
 			count += BATCH;
@@ -158,7 +158,7 @@ static void leave(void)
 
 /*
  * A guest that makes calls and does nothing else, as test/guest/exits.c does under our VMM; in
- * real mode, which is less to set up. l: mov $4, %eax; out %eax, (%dx); jmp l
+ * real mode, which is less to set up. l: mov $PVDMA_CALL_UNMAP, %eax; out %eax, (%dx); jmp l
  */
 static void exits(void)
 {

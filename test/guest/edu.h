@@ -63,14 +63,18 @@ static inline bool edu_busy(u64 edu)
 	return read32(edu + EDU_COMMAND) & EDU_RUN;
 }
 
+/** edu_wait() - waits for the end of the last copy; memory read afterwards is what it left there */
 static inline void edu_wait(u64 edu)
 {
 	while (edu_busy(edu))
 		relax();
+	barrier();
 }
 
+/* What was written to memory before is there when the device begins. */
 static inline void edu_copy(u64 edu, u64 from, u64 to, u32 bytes, u32 command)
 {
+	barrier();
 	write32(edu + EDU_SOURCE, (u32)from);
 	write32(edu + EDU_TARGET, (u32)to);
 	write32(edu + EDU_BYTES, bytes < EDU_BYTES_MAX ? bytes : EDU_BYTES_MAX);

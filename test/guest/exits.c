@@ -53,7 +53,7 @@ static void refused(u32 count)
 			 : [call] "i"(PVDMA_CALL_UNMAP), "d"(host.port), "D"(0ul)
 			 : "memory", "cc");
 	/* as test/bench/bounds.c refuses it; 19 is ENODEV */
-	must(status == (PVDMA_STATUS_INVALID | 19 << 8), "a call that has to be refused was not");
+	must(status == (PVDMA_STATUS_INVALID | 19 << 8), "the last of the calls to refuse was not");
 }
 
 /* Pages of 16 MiB of RAM, no two in a row that are neighbours. */

@@ -83,6 +83,12 @@ void registers_rep_outs32(struct registers *registers);
 /** user_run() - calls a function at CPL 3, where all ports are open to it; CPU 0 only */
 void user_run(void (*function)(void *argument), void *argument);
 
+/* Keeps the compiler from moving accesses of memory over it, and from leaving them out. */
+static inline void barrier(void)
+{
+	asm volatile("" : : : "memory");
+}
+
 /* Between two looks at what another CPU will change. */
 static inline void relax(void)
 {

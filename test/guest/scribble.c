@@ -189,11 +189,9 @@ static void copy(struct cpu *cpu)
 	if (!PVDMA_STATUS_CLASS(pvdma_map(&host, &cpu->counters, innocent, (u64)target, PAGE,
 					  EDU_IOVA_MAX, PVDMA_MAP_WRITE, &to))) {
 		edu_fetch(innocent_edu, from, 4 * (WORDS - 1));
-		while (edu_busy(innocent_edu))
-			relax();
+		edu_wait(innocent_edu);
 		edu_store(innocent_edu, to, 4 * (WORDS - 1));
-		while (edu_busy(innocent_edu))
-			relax();
+		edu_wait(innocent_edu);
 		for (i = 0; i < WORDS; i++)
 			wrong_bytes += __atomic_load_n(&target[i], __ATOMIC_RELAXED) !=
 				       (i < WORDS - 1 ? (seed + i) * 2654435761u : 0);

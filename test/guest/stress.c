@@ -120,11 +120,9 @@ static void copy(struct cpu *cpu, const struct range *from)
 		arrived[i] = 0xdeadbeef;
 	lock(&edus[which].lock);
 	edu_fetch(edu, source, bytes);
-	while (edu_busy(edu))
-		relax();
+	edu_wait(edu);
 	edu_store(edu, (u64)arrived, bytes);
-	while (edu_busy(edu))
-		relax();
+	edu_wait(edu);
 	unlock(&edus[which].lock);
 	unmap(cpu, (u64)cpu->target, sizeof(cpu->target));
 	cpu->checks++;

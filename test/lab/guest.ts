@@ -348,7 +348,7 @@ async function writeUki(
   await exec("objcopy", [...args, stubFile, file], execOptions);
 }
 
-/** Images that no run asked for in three days go. */
+/** Images that no run asked for in a day go. */
 function forgetOldImages(): void {
   const dir = cacheDir("guests");
   for (const name of readdirSync(dir)) {
