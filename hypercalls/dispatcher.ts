@@ -22,8 +22,8 @@ export const FRAME_WORDS = 6;
 
 /**
  * Of each kind of call a vCPU's first so many are timed, and then one of 16 or so, at random, which stands for those since
- * the last one: to look at the clock twice takes a quarter of what a map and its books take. At random, so that of devices that call by
- * turns each has its share.
+ * the last one: to look at the clock twice takes a quarter of what a map and its books take. At random, so that of
+ * devices that call by turns each has its share.
  */
 const ALL_TIMED = 4096;
 const GAP_BITS = 5;

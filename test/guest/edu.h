@@ -57,6 +57,15 @@ static inline u32 edu_find(const struct pvdma_host *host, struct pvdma_counters 
 	return slot;
 }
 
+/** edu_open() - where the registers of the first edu are, if it is assigned; it may do DMA then. 0 otherwise */
+static inline u64 edu_open(const struct pvdma_host *host, struct pvdma_counters *counters,
+			   struct pvdma_assignment *answer)
+{
+	u32 slot = edu_find(host, counters, answer);
+
+	return slot ? edu_enable(slot) : 0;
+}
+
 /** edu_busy() - is the last copy not done yet? */
 static inline bool edu_busy(u64 edu)
 {

@@ -12,15 +12,6 @@ static struct pvdma_host host;
 static struct pvdma_assignment edu;
 static u64 registers;
 
-static bool find_edu(void)
-{
-	u32 slot = edu_find(&host, &counters, &edu);
-
-	if (slot)
-		registers = edu_enable(slot);
-	return slot;
-}
-
 /* 16 bytes from the bus address into the device. */
 static void fetch(u64 iova)
 {
@@ -56,7 +47,9 @@ void guest_main(void)
 	u64 iova;
 	u32 i;
 
-	if (pvdma_discover(&host) != PVDMA_FOUND || !find_edu() ||
+	if (pvdma_discover(&host) == PVDMA_FOUND)
+		registers = edu_open(&host, &counters, &edu);
+	if (!registers ||
 	    pvdma_map(&host, &counters, edu.handle, (u64)page, sizeof(page), EDU_IOVA_MAX,
 		      PVDMA_MAP_READ | PVDMA_MAP_WRITE, &iova) != 0) {
 		print("guest: no edu\n");

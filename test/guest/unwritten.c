@@ -19,15 +19,6 @@ static struct pvdma_host host;
 static struct pvdma_assignment edu;
 static u64 registers;
 
-static bool find_edu(void)
-{
-	u32 slot = edu_find(&host, &counters, &edu);
-
-	if (slot)
-		registers = edu_enable(slot);
-	return slot;
-}
-
 static u64 map(u64 gpa, u32 flags)
 {
 	u64 iova;
@@ -77,7 +68,9 @@ void guest_main(void)
 {
 	u64 back_iova;
 
-	if (pvdma_discover(&host) != PVDMA_FOUND || !find_edu()) {
+	if (pvdma_discover(&host) == PVDMA_FOUND)
+		registers = edu_open(&host, &counters, &edu);
+	if (!registers) {
 		print("guest: no edu\n");
 		return;
 	}
