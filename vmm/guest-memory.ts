@@ -1,6 +1,6 @@
 // Guest RAM: one memfd, mapped once and for the life of the process, so that no view of it can dangle. Pages nobody
-// touched cost nothing. In the file, and so in host addresses, low and high RAM follow each other without the hole. The end
-// of high RAM is memory of the process instead: see descriptorsIn().
+// touched cost nothing. In the file, and so in host addresses, low and high RAM follow each other without the hole. The ends
+// of both are memory of the process instead: see writtenAtBoot().
 
 import { closeSync, existsSync, ftruncateSync, readFileSync, readSync } from "node:fs";
 import { release } from "node:os";
@@ -46,8 +46,8 @@ export interface RamDescription {
   readonly fd: number;
   readonly slots: readonly RamPiece[];
   readonly hugePages?: HugePages;
-  /** What is not in the file, where there is such a part. */
-  readonly descriptors?: FileRange;
+  /** What is not in the file: these ranges of it have holes, and memory of the process is mapped over them. */
+  readonly ownMemory: readonly FileRange[];
 }
 
 interface FileRange {
@@ -63,25 +63,36 @@ interface FileRange {
 const BEHIND_DESCRIPTORS = 8 * 2 ** 20;
 const DESCRIPTOR_SHARE = 64 / PAGE_BYTES;
 const HASH_SHARE = 16 / 8192;
+/** What Linux sets aside to copy through for devices that do not reach high RAM (linux/kernel/dma/swiotlb.c). */
+const BOUNCE_BUFFERS = 64 * 2 ** 20;
 
 /**
- * Where a guest with high RAM keeps what it has to know about its RAM: memblock hands out from the end (linux/mm/sparse.c,
- * linux/mm/memblock.c). Nearly all of it is written before its init runs, 280 MiB for RAM of 16 GiB, and that is never
- * given to a device, so that pages of 2 MiB, if the host makes them, save a fault for each page of 4 KiB and take no more
- * memory. The range is a little larger than that, and the rest of it RAM as any other. Elsewhere large pages are for who
- * asks for them: one that is pinned in part is not given up at all. The kernel makes them of a process's own memory unless
- * told otherwise, and of memfds only if told to. Undefined where there is no high RAM, or too little.
+ * What a guest with high RAM writes before its init runs, and never gives to a device that is assigned to it: what it has
+ * to know about its pages, at the end of high RAM, 280 MiB for RAM of 16 GiB, and the bounce buffers, zeroed, at the end
+ * of low RAM: memblock hands out from the end (linux/mm/sparse.c, linux/mm/memblock.c). There pages of 2 MiB, if the host
+ * makes them, save a fault for each page of 4 KiB and take no more memory. The ranges are a little larger than what is
+ * written, and the rest of them RAM as any other. Elsewhere large pages are for who asks for them: one that is pinned in
+ * part is not given up at all. The kernel makes them of a process's own memory unless told otherwise, and of memfds only if
+ * told to. Nothing where there is no high RAM, or too little.
  */
-export function descriptorsIn(pieces: readonly { readonly bytes: number }[]): FileRange | undefined {
+export function writtenAtBoot(pieces: readonly { readonly bytes: number }[]): FileRange[] {
   const last = pieces.at(-1);
-  if (pieces.length < 2 || last === undefined) return undefined;
+  if (pieces.length < 2 || last === undefined) return [];
   const end = pieces.reduce((sum, piece) => sum + piece.bytes, 0);
-  // What does not fit high RAM is in low RAM.
-  if (last.bytes < end * DESCRIPTOR_SHARE) return undefined;
-  const wanted = end * (DESCRIPTOR_SHARE + HASH_SHARE) + BEHIND_DESCRIPTORS;
-  const start = Math.max(end - last.bytes, end - wanted);
+  const lowEnd = end - last.bytes;
+  const ranges = [largePages(Math.max(0, lowEnd - BOUNCE_BUFFERS), lowEnd)];
+  // What does not fit high RAM is in low RAM, but who knows where.
+  if (last.bytes >= end * DESCRIPTOR_SHARE) {
+    const wanted = end * (DESCRIPTOR_SHARE + HASH_SHARE) + BEHIND_DESCRIPTORS;
+    ranges.push(largePages(Math.max(lowEnd, end - wanted), end));
+  }
+  return ranges.filter(({ bytes }) => bytes >= HUGE_PAGE_BYTES);
+}
+
+/** Of a range what is left from where a large page can begin; less than one when there is none. */
+function largePages(start: number, end: number): FileRange {
   const fileOffset = Math.ceil(start / HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES;
-  return fileOffset + HUGE_PAGE_BYTES <= end ? { fileOffset, bytes: end - fileOffset } : undefined;
+  return { fileOffset, bytes: end - fileOffset };
 }
 
 /**
@@ -147,15 +158,15 @@ export function createRam(
 ): RamDescription {
   const totalBytes = pieces.reduce((sum, piece) => sum + piece.bytes, 0);
   const mayBePrivate = hugePages === undefined && pinsPrivatePages(kernel);
-  const descriptors = mayBePrivate ? descriptorsIn(pieces) : undefined;
+  const ownMemory = mayBePrivate ? writtenAtBoot(pieces) : [];
   let memory: ReturnType<typeof createSharedMemory> | undefined;
   try {
     memory = createSharedMemory("guest-ram", totalBytes, hugePages);
-    if (descriptors !== undefined) {
-      const at = hva(memory.hva + descriptors.fileOffset);
-      mmapPrivate(at, descriptors.bytes);
-      madvise(at, descriptors.bytes, MADV_DONTDUMP);
-      madvise(at, descriptors.bytes, MADV_HUGEPAGE);
+    for (const { fileOffset, bytes } of ownMemory) {
+      const at = hva(memory.hva + fileOffset);
+      mmapPrivate(at, bytes);
+      madvise(at, bytes, MADV_DONTDUMP);
+      madvise(at, bytes, MADV_HUGEPAGE);
     }
   } catch (error) {
     if (memory !== undefined) closeSync(memory.fd);
@@ -171,7 +182,7 @@ export function createRam(
     fileOffset += piece.bytes;
     return slot;
   });
-  return { fd, slots, ...(hugePages && { hugePages }), ...(descriptors && { descriptors }) };
+  return { fd, slots, ...(hugePages && { hugePages }), ownMemory };
 }
 
 /** Access to guest RAM by guest-physical address. Every thread has its own; all see the same bytes. */
@@ -246,11 +257,9 @@ export class GuestMemory implements GuestMemoryAccess {
 
   /** All RAM reads as zero again, and costs nothing unless it is reserved. The guest must not be running. */
   clear(): void {
-    const { hugePages, descriptors } = this.ram;
-    if (descriptors !== undefined) {
-      const at = hva(this.base + descriptors.fileOffset);
-      check("madvise", madvise(at, descriptors.bytes, MADV_DONTNEED));
-    }
+    const { hugePages, ownMemory } = this.ram;
+    for (const { fileOffset, bytes } of ownMemory)
+      check("madvise", madvise(hva(this.base + fileOffset), bytes, MADV_DONTNEED));
     // What is given back to hugetlbfs somebody else may take.
     if (hugePages !== "hugetlb") punchHole(this.ram.fd, 0, this.totalBytes);
     else for (let at = 0; at < this.totalBytes; at += WINDOW_BYTES) this.window(at).fill(0);

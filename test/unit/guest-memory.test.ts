@@ -4,7 +4,7 @@ import { closeSync, existsSync, fstatSync, readFileSync } from "node:fs";
 import { suite } from "uvu";
 import * as assert from "uvu/assert";
 import { gpa } from "../../hypercalls/addresses.js";
-import { createRam, descriptorsIn, GuestMemory, pinsPrivatePages, ramBytes } from "../../vmm/guest-memory.js";
+import { createRam, GuestMemory, pinsPrivatePages, ramBytes, writtenAtBoot } from "../../vmm/guest-memory.js";
 
 const MiB = 2 ** 20;
 const GiB = 2 ** 30;
@@ -80,53 +80,60 @@ test("all RAM is the file's on kernels that may pin the page of zeros for who wi
   ] as const)
     assert.is(pinsPrivatePages(kernel), pins, kernel);
   const all = createRam(LARGE, undefined, "6.1.0-50-amd64");
-  assert.is(all.descriptors, undefined);
+  assert.equal(all.ownMemory, []);
   new GuestMemory(all).write(5 * GiB - PAGE, Uint8Array.of(1));
   assert.is(fstatSync(all.fd).blocks * 512, PAGE);
   closeSync(all.fd);
 });
 
-test("the end of high RAM is where Linux describes pages: apart from the file, and large pages if there are any", () => {
+test("the ends of low and of high RAM are what Linux writes first: apart from the file, and large pages if there are any", () => {
   const low = { bytes: 3 * GiB };
-  assert.is(descriptorsIn([{ bytes: 2 * GiB }]), undefined, "no high RAM");
-  assert.equal(descriptorsIn([low, { bytes: 13 * GiB }]), {
-    fileOffset: 16 * GiB - 296 * MiB,
-    bytes: 296 * MiB,
-  });
-  assert.is(descriptorsIn([low, { bytes: 5 * MiB }]), undefined, "they do not fit high RAM");
-  assert.equal(descriptorsIn([{ bytes: 64 * MiB + PAGE }, { bytes: 6 * MiB }]), {
-    fileOffset: 66 * MiB,
-    bytes: 4 * MiB + PAGE,
-  });
-  assert.is(descriptorsIn([{ bytes: 3 * MiB + PAGE }, { bytes: MiB }]), undefined, "no large page fits");
+  const bounceBuffers = { fileOffset: 3 * GiB - 64 * MiB, bytes: 64 * MiB };
+  assert.equal(writtenAtBoot([{ bytes: 2 * GiB }]), [], "no high RAM");
+  assert.equal(writtenAtBoot([low, { bytes: 13 * GiB }]), [
+    bounceBuffers,
+    { fileOffset: 16 * GiB - 296 * MiB, bytes: 296 * MiB },
+  ]);
+  assert.equal(writtenAtBoot([low, { bytes: 5 * MiB }]), [bounceBuffers], "descriptors do not fit high RAM");
+  assert.equal(writtenAtBoot([{ bytes: 64 * MiB + PAGE }, { bytes: 6 * MiB }]), [
+    { fileOffset: 2 * MiB, bytes: 62 * MiB + PAGE },
+    { fileOffset: 66 * MiB, bytes: 4 * MiB + PAGE },
+  ]);
+  assert.equal(writtenAtBoot([{ bytes: MiB + PAGE }, { bytes: MiB }]), [], "no large page fits");
 
   const large = createRam(LARGE, undefined, "6.2.0");
   try {
     const [first, second] = large.slots;
     assert.is(first!.hva % (2 * MiB), 0);
     assert.is(second!.hva, first!.hva + 3 * GiB);
-    const { fileOffset } = large.descriptors!;
-    const begin = 4 * GiB + (fileOffset - 3 * GiB);
-    const { permissions, flags } = mappingAt(first!.hva + fileOffset);
-    assert.is(permissions, "rw-p");
-    assert.ok(flags.includes("dd"), "not in core dumps");
-    if (existsSync("/sys/kernel/mm/transparent_hugepage"))
-      assert.ok(flags.includes("hg"), "large pages are asked for");
+    assert.is(large.ownMemory.length, 2);
     const memory = new GuestMemory(large);
     const got = new Uint32Array(PAGE / 4);
-    memory.write(begin - 4, Uint8Array.of(1, 1, 1, 1, 2, 2, 2, 2));
-    assert.is(fstatSync(large.fd).blocks * 512, PAGE, "the last page before it is the file's");
-    assert.ok(new GuestMemory(large).copyIn(gpa(begin), 4, got));
-    assert.is(got[0], 0x02020202);
-    assert.ok(memory.copyOut(gpa(5 * GiB - PAGE), PAGE, page(7)));
-    memory.clear();
-    for (const at of [begin - PAGE, begin, 5 * GiB - PAGE]) {
-      assert.ok(memory.copyIn(gpa(at), PAGE, got));
-      assert.ok(
-        got.every((word) => word === 0),
-        `gpa ${at}`,
-      );
+    const isZero = (at: number) =>
+      assert.ok(memory.copyIn(gpa(at), PAGE, got) && got.every((word) => word === 0), `gpa ${at}`);
+    for (const [index, { fileOffset, bytes }] of large.ownMemory.entries()) {
+      const { permissions, flags } = mappingAt(first!.hva + fileOffset);
+      assert.is(permissions, "rw-p");
+      assert.ok(flags.includes("dd"), "not in core dumps");
+      if (existsSync("/sys/kernel/mm/transparent_hugepage"))
+        assert.ok(flags.includes("hg"), "large pages are asked for");
+      const begin = index === 0 ? fileOffset : 4 * GiB + (fileOffset - 3 * GiB);
+      const end = begin + bytes;
+      assert.is(end, index === 0 ? 3 * GiB : 5 * GiB);
+      memory.write(begin - 4, Uint8Array.of(1, 1, 1, 1, 2, 2, 2, 2));
+      assert.is(fstatSync(large.fd).blocks * 512, PAGE, "the last page before it is the file's");
+      assert.ok(new GuestMemory(large).copyIn(gpa(begin), 4, got));
+      assert.is(got[0], 0x02020202);
+      assert.ok(memory.copyOut(gpa(end - PAGE), PAGE, page(7)));
+      memory.clear();
+      for (const at of [begin - PAGE, begin, end - PAGE]) isZero(at);
+      // To read a page of the file gives it one.
+      memory.clear();
     }
+    // They are not neighbours: what is between them is the file's.
+    memory.write(3 * GiB - 2, Uint8Array.of(1, 2));
+    memory.write(4 * GiB, Uint8Array.of(3));
+    assert.is(fstatSync(large.fd).blocks * 512, PAGE, "low RAM's last page is not, high RAM's first is");
   } finally {
     closeSync(large.fd);
   }
