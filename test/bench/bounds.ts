@@ -1,73 +1,88 @@
 // What the host's kernel costs by itself, by a program in C (bounds.c), and beside it our VMM with a guest that does nothing
-// but calls (test/guest/exits.c): nobody can be faster than C. `node build/test/bench/bounds.js [ROUNDS]`
+// but calls (test/guest/exits.c): nobody can be faster than C. In the lab, and what needs no device on this machine's own
+// /dev/kvm, where there is one. `node build/test/bench/bounds.js [ROUNDS]`
 
 import { execFile } from "node:child_process";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { buildTestGuest } from "../guest/build.js";
 import { repoRoot, scratchDir } from "../lab/cache.js";
-import { bindVfio, must } from "../lab/host.js";
+import { bindVfio, type Host, must } from "../lab/host.js";
 import { bootL1, l1Bdf } from "../lab/l1.js";
-import { blankDisk, RunningVmm } from "../lab/support.js";
+import { LocalHost } from "../lab/local.js";
+import { blankDisk, RunningVmm, whyNoKvm } from "../lab/support.js";
 import { median } from "../median.js";
 import { present, progress } from "./program.js";
-import { figure, type Row } from "./report.js";
+import { figure, type Row, type Section } from "./report.js";
 
 const ROUNDS = Number(process.argv[2] ?? 3);
 /** Calls or pairs in a round of the guest's, of lists a 16th; the first of six rounds does not count. */
 const CALLS = 20_000;
+/** Where an exit takes microseconds: as long as a round of the program's in C, and then some. */
+const CALLS_HERE = 100_000;
 const C_TIMEOUT_MS = 120_000;
 const TIMEOUT_MS = 400_000;
 
-const files = scratchDir();
-const nvme0 = blankDisk(files.path, "disk.raw");
-const host = await bootL1({ name: "bench-bounds", nvme0, say: progress });
-try {
+/** The program in C, as a file that this host has. */
+async function compiled(host: Host): Promise<string> {
   const program = join(host.shareDir, "bounds");
   await promisify(execFile)("gcc", [
     ...["-O2", "-I", join(repoRoot, "guest-shim")],
     ...["-o", program, join(repoRoot, "test/bench/bounds.c")],
   ]);
-  const exits = await buildTestGuest("exits", host.shareDir);
-  const bdf = l1Bdf.nvme0;
-  await bindVfio(host, bdf);
-  const group = (await must(host, `basename $(readlink /sys/bus/pci/devices/${bdf}/iommu_group)`)).trim();
+  return program;
+}
 
-  /** Microseconds by name, as the program in C has them, and the cycles of the time stamp counter in one. */
-  async function measureC(): Promise<Map<string, number>> {
-    const figures = new Map<string, number>();
-    for (const what of ["exit", `vfio ${group} ${bdf}`]) {
-      const said = await must(host, `${program} ${what}`, { timeoutMs: C_TIMEOUT_MS });
-      for (const line of said.trim().split("\n")) {
-        const [name, ...ns] = line.split(" ");
-        figures.set(name!, median(ns.map(Number)) / 1000);
-      }
+/** Microseconds by name, as the program in C has them, and the cycles of the time stamp counter in one. */
+async function measureC(host: Host, program: string, whats: readonly string[]): Promise<Map<string, number>> {
+  const figures = new Map<string, number>();
+  for (const what of whats) {
+    const said = await must(host, `${program} ${what}`, { timeoutMs: C_TIMEOUT_MS });
+    for (const line of said.trim().split("\n")) {
+      const [name, ...ns] = line.split(" ");
+      figures.set(name!, median(ns.map(Number)) / 1000);
     }
-    return figures;
   }
-  /** The same of our guest's calls. */
-  async function measureOurs(names: Iterable<string>, cyclesPerUs: number): Promise<Map<string, number>> {
-    const figures = new Map<string, number>();
-    const args = ["--cmdline", `count=${CALLS}`, "--dma", "strict", "--assign", bdf, exits];
-    const vmm = await RunningVmm.start(host, args);
-    for (const name of names) {
-      const line = new RegExp(`^guest: ${name} ([\\d ]+)\\r?\\n`, "m");
-      const [, cycles] = await vmm.process.waitFor(line, TIMEOUT_MS, "stdout");
-      figures.set(name, median(cycles!.split(" ").map(Number)) / cyclesPerUs);
-    }
-    if ((await vmm.end(TIMEOUT_MS)).status !== 0) throw new Error(`the VMM failed: ${vmm.process.output}`);
-    return figures;
-  }
+  return figures;
+}
 
-  const inC = new Map(["exit", "vfio-pair", "vfio-list"].map((name) => [name, [] as number[]]));
-  const ours = new Map(["refused", "pair", "list"].map((name) => [name, [] as number[]]));
-  // The lab is slow with code that it has not met before.
-  const cyclesPerUs = (await measureC()).get("cycles")!;
+/** The same of our guest's calls; `args` are the VMM's. */
+async function measureOurs(
+  host: Host,
+  args: readonly string[],
+  names: readonly string[],
+  cyclesPerUs: number,
+): Promise<Map<string, number>> {
+  const figures = new Map<string, number>();
+  const vmm = await RunningVmm.start(host, args);
+  for (const name of names) {
+    const line = new RegExp(`^guest: ${name} ([\\d ]+)\\r?\\n`, "m");
+    const [, cycles] = await vmm.process.waitFor(line, TIMEOUT_MS, "stdout");
+    figures.set(name, median(cycles!.split(" ").map(Number)) / cyclesPerUs);
+  }
+  if ((await vmm.end(TIMEOUT_MS)).status !== 0) throw new Error(`the VMM failed: ${vmm.process.output}`);
+  return figures;
+}
+
+/**
+ * Rounds of C, of ours, and of C again: the machine is not equally fast all the time. `pairs`: what is compared, by the
+ * names of ours and of the program's in C. Figures of each round, C's two to one of ours.
+ */
+async function compare(
+  host: Host,
+  whats: readonly string[],
+  args: readonly string[],
+  pairs: Readonly<Record<string, string>>,
+): Promise<(name: string) => Row["bars"]> {
+  const program = await compiled(host);
+  const inC = new Map(Object.values(pairs).map((name) => [name, [] as number[]]));
+  const ours = new Map(Object.keys(pairs).map((name) => [name, [] as number[]]));
+  // A machine is slow with code that it has not met before, and the lab is very slow.
+  const cyclesPerUs = (await measureC(host, program, whats)).get("cycles")!;
   for (let round = 1; round <= ROUNDS; round++) {
-    // C before ours and after: the machine below the lab is not equally fast all the time.
-    const before = await measureC();
-    const between = await measureOurs(ours.keys(), cyclesPerUs);
-    const after = await measureC();
+    const before = await measureC(host, program, whats);
+    const between = await measureOurs(host, args, [...ours.keys()], cyclesPerUs);
+    const after = await measureC(host, program, whats);
     for (const [name, values] of inC) values.push(before.get(name)!, after.get(name)!);
     for (const [name, values] of ours) values.push(between.get(name)!);
     progress(
@@ -75,16 +90,59 @@ try {
         `ours: ${figure(between.get("refused")!)} µs`,
     );
   }
+  return (name) => [
+    { contender: "C", values: inC.get(pairs[name]!)! },
+    { contender: "pvdma", values: ours.get(name)! },
+  ];
+}
 
-  const row = (name: string, nameInC: string, nameInOurs: string): Row => ({
-    name,
-    bars: [
-      { contender: "C", values: inC.get(nameInC)! },
-      { contender: "pvdma", values: ours.get(nameInOurs)! },
-    ],
-  });
+/** On this machine's own processor. */
+async function measureHere(): Promise<Section[]> {
+  const why = whyNoKvm();
+  if (why !== undefined) {
+    progress(`  no exits on this machine's own /dev/kvm (${why}): in the lab alone`);
+    return [];
+  }
+  const host = new LocalHost();
+  try {
+    progress("  on this machine's own /dev/kvm:");
+    const exits = await buildTestGuest("exits", host.shareDir);
+    const args = ["--cmdline", `count=${CALLS_HERE} only refused`, "--memory", "64M", exits];
+    const bars = await compare(host, ["exit"], args, { refused: "exit" });
+    return [
+      {
+        id: "exit",
+        title: "An exit to TypeScript beside one to C, without a lab",
+        about:
+          "On this machine's own /dev/kvm: a guest that does nothing but make calls, each looked at and refused, by a minimal C " +
+          "program and by our VMM, which counts them, too. C before ours and after, in each round.",
+        unit: "µs",
+        better: "less",
+        reference: "C",
+        rows: [{ name: "an exit and the way back", bars: bars("refused") }],
+      },
+    ];
+  } finally {
+    await host.close();
+  }
+}
+
+const here = await measureHere();
+const files = scratchDir();
+const nvme0 = blankDisk(files.path, "disk.raw");
+const host = await bootL1({ name: "bench-bounds", nvme0, say: progress });
+try {
+  const exits = await buildTestGuest("exits", host.shareDir);
+  const bdf = l1Bdf.nvme0;
+  await bindVfio(host, bdf);
+  const group = (await must(host, `basename $(readlink /sys/bus/pci/devices/${bdf}/iommu_group)`)).trim();
+
+  const args = ["--cmdline", `count=${CALLS}`, "--dma", "strict", "--assign", bdf, exits];
+  const names = { refused: "exit", pair: "vfio-pair", list: "vfio-list" };
+  const bars = await compare(host, ["exit", `vfio ${group} ${bdf}`], args, names);
   present({
     sections: [
+      ...here,
       {
         id: "bounds",
         title: "What the host's kernel costs by itself",
@@ -96,9 +154,9 @@ try {
         better: "less",
         reference: "C",
         rows: [
-          row("an exit and the way back", "exit", "refused"),
-          row("a page mapped and unmapped", "vfio-pair", "pair"),
-          row("64 pages mapped as one, and one unmap", "vfio-list", "list"),
+          { name: "an exit and the way back", bars: bars("refused") },
+          { name: "a page mapped and unmapped", bars: bars("pair") },
+          { name: "64 pages mapped as one, and one unmap", bars: bars("list") },
         ],
       },
     ],

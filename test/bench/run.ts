@@ -13,7 +13,7 @@ import { type Report, reportHtml, type Section, sectionSvg, sectionText } from "
 const BENCHMARKS: Readonly<Record<string, string>> = {
   engine: "the mapping engine alone, over a backend that does nothing",
   controller: "the emulated NVMe controller alone, in one thread",
-  bounds: "in the lab: a hypercall beside a bare exit, and a map beside VFIO's, in C",
+  bounds: "in the lab, and exits on this machine's /dev/kvm: a hypercall and a map beside bare ones, in C",
   dma: "in the lab: what a driver pays for DMA under each policy, and under QEMU",
   memory: "in the lab: pinned memory, granules, the time to start, several CPUs, under policy cached",
   nvme: "in the lab: the emulated NVMe disk beside QEMU's under the same guest",

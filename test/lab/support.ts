@@ -347,11 +347,21 @@ export function labTest(test: Test, name: string, host: () => Host, body: () => 
   });
 }
 
+/** Why this very machine runs no guests: the error of opening /dev/kvm; undefined when it does. */
+export function whyNoKvm(): string | undefined {
+  try {
+    accessSync("/dev/kvm", constants.R_OK | constants.W_OK);
+    return undefined;
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code;
+  }
+}
+
 /** A test as labTest() makes them, on this very machine; it is skipped, with a line that says why, without /dev/kvm. */
 export function localTest(suiteName: string, name: string, body: (host: Host) => Promise<void>): void {
   const test = suite(suiteName);
-  try {
-    accessSync("/dev/kvm", constants.R_OK | constants.W_OK);
+  const why = whyNoKvm();
+  if (why === undefined) {
     const host = new LocalHost();
     test.after(() => host.close());
     labTest(
@@ -360,8 +370,8 @@ export function localTest(suiteName: string, name: string, body: (host: Host) =>
       () => host,
       () => body(host),
     );
-  } catch (error) {
-    console.log(`${name}: skipped, /dev/kvm: ${(error as NodeJS.ErrnoException).code}; the lab has one`);
+  } else {
+    console.log(`${name}: skipped, /dev/kvm: ${why}; the lab has one`);
     test.skip(name, () => undefined);
   }
   test.run();
