@@ -25,9 +25,9 @@ import {
 } from "./native/libc.js";
 import { memoryWindow, WINDOW_BYTES } from "./native/memory-window.js";
 
-/** A piece of RAM as the engine knows it, and where it is in the file. */
+/** A piece of RAM as the engine knows it, and where it is in what is mapped: the file, but for the private ranges. */
 export interface RamPiece extends RamSlot {
-  readonly fileOffset: number;
+  readonly offset: number;
 }
 
 /** Pages of 2 MiB: reserved ones of hugetlbfs, or those that the kernel makes of 4 KiB ones where it can (THP). */
@@ -43,15 +43,16 @@ export function noLargePages(): string | undefined {
 
 /** What a Worker needs to see the same memory; plain data. */
 export interface RamDescription {
+  /** Of the memfd: to give memory back, not to read or to write, for it has nothing of the private ranges. */
   readonly fd: number;
   readonly slots: readonly RamPiece[];
   readonly hugePages?: HugePages;
-  /** What is not in the file: these ranges of it have holes, and memory of the process is mapped over them. */
-  readonly ownMemory: readonly FileRange[];
+  /** Anonymous memory that is mapped over holes of the file. */
+  readonly privateRanges: readonly RamRange[];
 }
 
-interface FileRange {
-  readonly fileOffset: number;
+interface RamRange {
+  readonly offset: number;
   readonly bytes: number;
 }
 
@@ -70,12 +71,12 @@ const BOUNCE_BUFFERS = 64 * 2 ** 20;
  * What a guest with high RAM writes before its init runs, and never gives to a device that is assigned to it: what it has
  * to know about its pages, at the end of high RAM, 280 MiB for RAM of 16 GiB, and the bounce buffers, zeroed, at the end
  * of low RAM: memblock hands out from the end (linux/mm/sparse.c, linux/mm/memblock.c). There pages of 2 MiB, if the host
- * makes them, save a fault for each page of 4 KiB and take no more memory. The ranges are a little larger than what is
- * written, and the rest of them RAM as any other. Elsewhere large pages are for who asks for them: one that is pinned in
+ * makes them, save a fault for each page of 4 KiB and take no more memory. The high range is a little larger than what is
+ * written, and the rest of it RAM as any other. Elsewhere large pages are for who asks for them: one that is pinned in
  * part is not given up at all. The kernel makes them of a process's own memory unless told otherwise, and of memfds only if
- * told to. Nothing where there is no high RAM, or too little.
+ * told to. Nothing without high RAM, and the low range alone where the descriptors do not fit it.
  */
-export function writtenAtBoot(pieces: readonly { readonly bytes: number }[]): FileRange[] {
+export function writtenAtBoot(pieces: readonly { readonly bytes: number }[]): RamRange[] {
   const last = pieces.at(-1);
   if (pieces.length < 2 || last === undefined) return [];
   const end = pieces.reduce((sum, piece) => sum + piece.bytes, 0);
@@ -89,10 +90,10 @@ export function writtenAtBoot(pieces: readonly { readonly bytes: number }[]): Fi
   return ranges.filter(({ bytes }) => bytes >= HUGE_PAGE_BYTES);
 }
 
-/** Of a range what is left from where a large page can begin; less than one when there is none. */
-function largePages(start: number, end: number): FileRange {
-  const fileOffset = Math.ceil(start / HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES;
-  return { fileOffset, bytes: end - fileOffset };
+/** A range from where its first large page can begin; `bytes` are fewer than a large page's, or negative, when none fits. */
+function largePages(start: number, end: number): RamRange {
+  const offset = Math.ceil(start / HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES;
+  return { offset, bytes: end - offset };
 }
 
 /**
@@ -158,12 +159,12 @@ export function createRam(
 ): RamDescription {
   const totalBytes = pieces.reduce((sum, piece) => sum + piece.bytes, 0);
   const mayBePrivate = hugePages === undefined && pinsPrivatePages(kernel);
-  const ownMemory = mayBePrivate ? writtenAtBoot(pieces) : [];
+  const privateRanges = mayBePrivate ? writtenAtBoot(pieces) : [];
   let memory: ReturnType<typeof createSharedMemory> | undefined;
   try {
     memory = createSharedMemory("guest-ram", totalBytes, hugePages);
-    for (const { fileOffset, bytes } of ownMemory) {
-      const at = hva(memory.hva + fileOffset);
+    for (const { offset, bytes } of privateRanges) {
+      const at = hva(memory.hva + offset);
       mmapPrivate(at, bytes);
       madvise(at, bytes, MADV_DONTDUMP);
       madvise(at, bytes, MADV_HUGEPAGE);
@@ -176,18 +177,18 @@ export function createRam(
     );
   }
   const { fd, hva: base } = memory;
-  let fileOffset = 0;
+  let offset = 0;
   const slots = pieces.map((piece) => {
-    const slot = { gpa: gpa(piece.gpa), bytes: piece.bytes, fileOffset, hva: hva(base + fileOffset) };
-    fileOffset += piece.bytes;
+    const slot = { gpa: gpa(piece.gpa), bytes: piece.bytes, offset, hva: hva(base + offset) };
+    offset += piece.bytes;
     return slot;
   });
-  return { fd, slots, ...(hugePages && { hugePages }), ownMemory };
+  return { fd, slots, ...(hugePages && { hugePages }), privateRanges };
 }
 
 /** Access to guest RAM by guest-physical address. Every thread has its own; all see the same bytes. */
 export class GuestMemory implements GuestMemoryAccess {
-  /** Windows over the mapping, made when first used; index is the file offset / WINDOW_BYTES. */
+  /** Windows over the mapping, made when first used; index is the offset / WINDOW_BYTES. */
   private readonly windows: (Uint32Array | undefined)[] = [];
   private firstWord = 0;
   private readonly totalBytes: number;
@@ -198,12 +199,12 @@ export class GuestMemory implements GuestMemoryAccess {
     this.base = ram.slots[0]?.hva ?? hva(0);
   }
 
-  /** File offset of `bytes` bytes of RAM at `address`, or -1 when they are not wholly inside one piece. */
-  fileOffset(address: number, bytes: number): number {
+  /** Offset in host memory of `bytes` bytes of RAM at `address`, or -1 when they are not wholly inside one piece. */
+  private offsetOf(address: number, bytes: number): number {
     for (let i = 0; i < this.ram.slots.length; i++) {
       const slot = this.ram.slots[i]!;
       if (address >= slot.gpa && address + bytes <= slot.gpa + slot.bytes) {
-        return slot.fileOffset + (address - slot.gpa);
+        return slot.offset + (address - slot.gpa);
       }
     }
     return -1;
@@ -257,23 +258,23 @@ export class GuestMemory implements GuestMemoryAccess {
 
   /** All RAM reads as zero again, and costs nothing unless it is reserved. The guest must not be running. */
   clear(): void {
-    const { hugePages, ownMemory } = this.ram;
-    for (const { fileOffset, bytes } of ownMemory)
-      check("madvise", madvise(hva(this.base + fileOffset), bytes, MADV_DONTNEED));
+    const { hugePages, privateRanges } = this.ram;
+    for (const { offset, bytes } of privateRanges)
+      check("madvise", madvise(hva(this.base + offset), bytes, MADV_DONTNEED));
     // What is given back to hugetlbfs somebody else may take.
     if (hugePages !== "hugetlb") punchHole(this.ram.fd, 0, this.totalBytes);
     else for (let at = 0; at < this.totalBytes; at += WINDOW_BYTES) this.window(at).fill(0);
   }
 
   private requireOffset(address: number, bytes: number): number {
-    const offset = this.fileOffset(address, bytes);
+    const offset = this.offsetOf(address, bytes);
     if (offset < 0) throw new RangeError(`${bytes} bytes at gpa 0x${address.toString(16)} are not guest RAM`);
     return offset;
   }
 
   /** The window that holds the range, which begins at its word `firstWord`; undefined when it is not all there. */
   private windowFor(address: number, bytes: number): Uint32Array | undefined {
-    const offset = this.fileOffset(address, bytes);
+    const offset = this.offsetOf(address, bytes);
     if (offset < 0) return undefined;
     const window = this.window(offset);
     this.firstWord = (offset % WINDOW_BYTES) / 4;

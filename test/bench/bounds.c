@@ -30,9 +30,12 @@
 #define ROUNDS		5u
 #define BATCH		16u
 #define ROUND_NS	500000000ul
+#define TSS_GPA		0xfeffd000ul	/* three pages for KVM, on Intel */
 
-/* Intel SDM 3A, 2.5 and 4.5 */
+/* Intel SDM 3A, 2.2.1, 2.5 and 4.5 */
 #define CR0_PE		1ul
+#define CR0_ET		(1ul << 4)
+#define CR0_NE		(1ul << 5)
 #define CR0_PG		(1ul << 31)
 #define CR4_PAE		(1ul << 5)
 #define EFER_LME	(1ul << 8)
@@ -166,12 +169,7 @@ static void leave(void)
 	run->kvm_dirty_regs = KVM_SYNC_X86_REGS;
 }
 
-static void must_ioctl(int fd, unsigned long request, const void *arg, const char *what)
-{
-	check(ioctl(fd, request, arg) < 0, what);
-}
-
-/* 64-bit mode at CPL 0, with one page of 2 MiB mapped one to one; @tables is where. */
+/* 64-bit mode at CPL 0, with one page of 2 MiB mapped one to one; @tables is where its three tables go. */
 static void long_mode(struct kvm_sregs *sregs, uint64_t tables)
 {
 	const struct kvm_segment code = {
@@ -187,9 +185,9 @@ static void long_mode(struct kvm_sregs *sregs, uint64_t tables)
 	entries[per_page] = (tables + 2 * PAGE) | PTE_PRESENT | PTE_WRITE;
 	entries[2 * per_page] = PTE_PRESENT | PTE_WRITE | PTE_LARGE;
 	sregs->cr3 = tables;
-	sregs->cr4 |= CR4_PAE;
-	sregs->efer |= EFER_LME | EFER_LMA;
-	sregs->cr0 |= CR0_PE | CR0_PG;
+	sregs->cr4 = CR4_PAE;
+	sregs->efer = EFER_LME | EFER_LMA;
+	sregs->cr0 = CR0_PE | CR0_ET | CR0_NE | CR0_PG;
 	sregs->cs = code;
 	sregs->ds = sregs->es = sregs->fs = sregs->gs = sregs->ss = data;
 }
@@ -213,23 +211,23 @@ static void exits(void)
 	check(kvm < 0, "/dev/kvm");
 	vm = ioctl(kvm, KVM_CREATE_VM, 0);
 	check(vm < 0, "KVM_CREATE_VM");
-	must_ioctl(vm, KVM_SET_TSS_ADDR, (void *)0xfffbd000ul, "KVM_SET_TSS_ADDR");
-	must_ioctl(vm, KVM_CREATE_IRQCHIP, NULL, "KVM_CREATE_IRQCHIP");
+	check(ioctl(vm, KVM_SET_TSS_ADDR, (void *)0xfffbd000ul), "KVM_SET_TSS_ADDR");
+	check(ioctl(vm, KVM_CREATE_IRQCHIP, NULL), "KVM_CREATE_IRQCHIP");
 	memory = mmap(NULL, region.memory_size, PROT_READ | PROT_WRITE,
 		      MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	check(memory == MAP_FAILED, "mmap");
 	memcpy(memory + PAGE, code, sizeof(code));
 	region.userspace_addr = (uintptr_t)memory;
-	must_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region, "KVM_SET_USER_MEMORY_REGION");
+	check(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION");
 	vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
 	check(vcpu < 0, "KVM_CREATE_VCPU");
 	size = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
 	run = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
 	check(run == MAP_FAILED, "mmap");
-	must_ioctl(vcpu, KVM_GET_SREGS, &sregs, "KVM_GET_SREGS");
+	check(ioctl(vcpu, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS");
 	long_mode(&sregs, 4 * PAGE);
-	must_ioctl(vcpu, KVM_SET_SREGS, &sregs, "KVM_SET_SREGS");
-	must_ioctl(vcpu, KVM_SET_REGS, &regs, "KVM_SET_REGS");
+	check(ioctl(vcpu, KVM_SET_SREGS, &sregs), "KVM_SET_SREGS");
+	check(ioctl(vcpu, KVM_SET_REGS, &regs), "KVM_SET_REGS");
 	run->kvm_valid_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
 	measure("exit", leave);
 	cycles();

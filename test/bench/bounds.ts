@@ -18,7 +18,7 @@ import { figure, type Row, type Section } from "./report.js";
 const ROUNDS = Number(process.argv[2] ?? 3);
 /** Calls or pairs in a round of the guest's, of lists a 16th; the first of six rounds does not count. */
 const CALLS = 20_000;
-/** Where an exit takes microseconds: as long as a round of the program's in C, and then some. */
+/** Where an exit takes a few microseconds, and not a hundred. */
 const CALLS_HERE = 100_000;
 const C_TIMEOUT_MS = 120_000;
 const TIMEOUT_MS = 400_000;
@@ -34,10 +34,14 @@ async function compiled(host: Host): Promise<string> {
 }
 
 /** Microseconds by name, as the program in C has them, and the cycles of the time stamp counter in one. */
-async function measureC(host: Host, program: string, whats: readonly string[]): Promise<Map<string, number>> {
+async function measureC(
+  host: Host,
+  program: string,
+  commands: readonly string[],
+): Promise<Map<string, number>> {
   const figures = new Map<string, number>();
-  for (const what of whats) {
-    const said = await must(host, `${program} ${what}`, { timeoutMs: C_TIMEOUT_MS });
+  for (const command of commands) {
+    const said = await must(host, `${program} ${command}`, { timeoutMs: C_TIMEOUT_MS });
     for (const line of said.trim().split("\n")) {
       const [name, ...ns] = line.split(" ");
       figures.set(name!, median(ns.map(Number)) / 1000);
@@ -66,11 +70,12 @@ async function measureOurs(
 
 /**
  * Rounds of C, of ours, and of C again: the machine is not equally fast all the time. `pairs`: what is compared, by the
- * names of ours and of the program's in C. Figures of each round, C's two to one of ours.
+ * names of ours and of the program's in C, exits among it. Returns the figures of each round by our name, C's two to one of
+ * ours.
  */
 async function compare(
   host: Host,
-  whats: readonly string[],
+  commands: readonly string[],
   args: readonly string[],
   pairs: Readonly<Record<string, string>>,
 ): Promise<(name: string) => Row["bars"]> {
@@ -78,11 +83,11 @@ async function compare(
   const inC = new Map(Object.values(pairs).map((name) => [name, [] as number[]]));
   const ours = new Map(Object.keys(pairs).map((name) => [name, [] as number[]]));
   // A machine is slow with code that it has not met before, and the lab is very slow.
-  const cyclesPerUs = (await measureC(host, program, whats)).get("cycles")!;
+  const cyclesPerUs = (await measureC(host, program, commands)).get("cycles")!;
   for (let round = 1; round <= ROUNDS; round++) {
-    const before = await measureC(host, program, whats);
+    const before = await measureC(host, program, commands);
     const between = await measureOurs(host, args, [...ours.keys()], cyclesPerUs);
-    const after = await measureC(host, program, whats);
+    const after = await measureC(host, program, commands);
     for (const [name, values] of inC) values.push(before.get(name)!, after.get(name)!);
     for (const [name, values] of ours) values.push(between.get(name)!);
     progress(

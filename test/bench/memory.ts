@@ -281,7 +281,7 @@ async function measureStart(): Promise<Section[]> {
       ...common,
       id: "memory-faults",
       title: "Page faults by which the host's kernel gave memory to the guest",
-      about: `${about} A kernel writes 64 bytes about each page of its RAM before its init runs.`,
+      about: `${about} A kernel writes 64 bytes about each page of its RAM before its init runs, and zeroes 64 MiB of bounce buffers if there is RAM above 4 GiB.`,
       unit: "faults",
       rows: rows("faults"),
     },

@@ -13,7 +13,7 @@ import { type Report, reportHtml, type Section, sectionSvg, sectionText } from "
 const BENCHMARKS: Readonly<Record<string, string>> = {
   engine: "the mapping engine alone, over a backend that does nothing",
   controller: "the emulated NVMe controller alone, in one thread",
-  bounds: "in the lab, and exits on this machine's /dev/kvm: a hypercall and a map beside bare ones, in C",
+  bounds: "a hypercall beside a bare exit in C, here and in the lab, and a map beside VFIO's",
   dma: "in the lab: what a driver pays for DMA under each policy, and under QEMU",
   memory: "in the lab: pinned memory, granules, the time to start, several CPUs, under policy cached",
   nvme: "in the lab: the emulated NVMe disk beside QEMU's under the same guest",
@@ -29,7 +29,7 @@ ${Object.entries(BENCHMARKS)
 
   --rounds N     rounds in the lab, of one or several turns of each contender (default 3)
   --out DIR      where the report goes (default test/bench/REPORT when all are run; else nothing is written).
-                 What a report there says of benchmarks that are not run stays in it
+                 What a report there says of benchmarks that are not run, or not here, stays in it
   --help
 `;
 

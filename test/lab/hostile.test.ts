@@ -138,7 +138,7 @@ async function runStorm(storm: Storm): Promise<Map<number, number>> {
   }
 }
 
-/** Adds up, in smaps, the VMM's own memory in KiB: the end of a guest's high RAM is anonymous, too, but asks for large pages. */
+/** Adds up, in smaps, the VMM's own memory in KiB: the ends of a guest's low and high RAM are anonymous, too, but ask for large pages. */
 const OWN_MEMORY = "/^Anonymous:/ { size = $2 } /^VmFlags:/ && !/ hg/ { own += size } END { print own + 0 }";
 
 /** One line for who reads the test's output. */

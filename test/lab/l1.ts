@@ -409,7 +409,7 @@ function qemuArgs(
   // kernels patch themselves (L1 died of a stale int3 in __schedule when KVM switched its static keys; guests with
   // several vCPUs died likewise). Two processors on one thread hang a nested guest. Guests have as many vCPUs as they
   // like. No extended states: SVM in TCG does not intercept XSETBV, so KVM would not know what its guest enabled.
-  // No "fast" string instructions: kernels and the C library then clear and copy memory byte by byte, which TCG really does,
+  // No ERMS: with it, kernels and the C library clear and copy memory by REP STOSB and MOVSB, which TCG does byte by byte,
   // at half the speed of eight at a time.
   // biome-ignore format: one option per line
   return [

@@ -347,7 +347,7 @@ export function labTest(test: Test, name: string, host: () => Host, body: () => 
   });
 }
 
-/** Why this very machine runs no guests: the error of opening /dev/kvm; undefined when it does. */
+/** Why /dev/kvm of this very machine may not be used: the error's name; undefined when it may. */
 export function whyNoKvm(): string | undefined {
   try {
     accessSync("/dev/kvm", constants.R_OK | constants.W_OK);

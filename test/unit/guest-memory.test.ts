@@ -80,7 +80,7 @@ test("all RAM is the file's on kernels that may pin the page of zeros for who wi
   ] as const)
     assert.is(pinsPrivatePages(kernel), pins, kernel);
   const all = createRam(LARGE, undefined, "6.1.0-50-amd64");
-  assert.equal(all.ownMemory, []);
+  assert.equal(all.privateRanges, []);
   new GuestMemory(all).write(5 * GiB - PAGE, Uint8Array.of(1));
   assert.is(fstatSync(all.fd).blocks * 512, PAGE);
   closeSync(all.fd);
@@ -88,16 +88,16 @@ test("all RAM is the file's on kernels that may pin the page of zeros for who wi
 
 test("the ends of low and of high RAM are what Linux writes first: apart from the file, and large pages if there are any", () => {
   const low = { bytes: 3 * GiB };
-  const bounceBuffers = { fileOffset: 3 * GiB - 64 * MiB, bytes: 64 * MiB };
+  const bounceBuffers = { offset: 3 * GiB - 64 * MiB, bytes: 64 * MiB };
   assert.equal(writtenAtBoot([{ bytes: 2 * GiB }]), [], "no high RAM");
   assert.equal(writtenAtBoot([low, { bytes: 13 * GiB }]), [
     bounceBuffers,
-    { fileOffset: 16 * GiB - 296 * MiB, bytes: 296 * MiB },
+    { offset: 16 * GiB - 296 * MiB, bytes: 296 * MiB },
   ]);
   assert.equal(writtenAtBoot([low, { bytes: 5 * MiB }]), [bounceBuffers], "descriptors do not fit high RAM");
   assert.equal(writtenAtBoot([{ bytes: 64 * MiB + PAGE }, { bytes: 6 * MiB }]), [
-    { fileOffset: 2 * MiB, bytes: 62 * MiB + PAGE },
-    { fileOffset: 66 * MiB, bytes: 4 * MiB + PAGE },
+    { offset: 2 * MiB, bytes: 62 * MiB + PAGE },
+    { offset: 66 * MiB, bytes: 4 * MiB + PAGE },
   ]);
   assert.equal(writtenAtBoot([{ bytes: MiB + PAGE }, { bytes: MiB }]), [], "no large page fits");
 
@@ -106,25 +106,29 @@ test("the ends of low and of high RAM are what Linux writes first: apart from th
     const [first, second] = large.slots;
     assert.is(first!.hva % (2 * MiB), 0);
     assert.is(second!.hva, first!.hva + 3 * GiB);
-    assert.is(large.ownMemory.length, 2);
+    assert.is(large.privateRanges.length, 2);
     const memory = new GuestMemory(large);
     const got = new Uint32Array(PAGE / 4);
     const isZero = (at: number) =>
       assert.ok(memory.copyIn(gpa(at), PAGE, got) && got.every((word) => word === 0), `gpa ${at}`);
-    for (const [index, { fileOffset, bytes }] of large.ownMemory.entries()) {
-      const { permissions, flags } = mappingAt(first!.hva + fileOffset);
+    for (const [index, { offset, bytes }] of large.privateRanges.entries()) {
+      const { permissions, flags } = mappingAt(first!.hva + offset);
       assert.is(permissions, "rw-p");
       assert.ok(flags.includes("dd"), "not in core dumps");
       if (existsSync("/sys/kernel/mm/transparent_hugepage"))
         assert.ok(flags.includes("hg"), "large pages are asked for");
-      const begin = index === 0 ? fileOffset : 4 * GiB + (fileOffset - 3 * GiB);
+      const begin = index === 0 ? offset : 4 * GiB + (offset - 3 * GiB);
       const end = begin + bytes;
       assert.is(end, index === 0 ? 3 * GiB : 5 * GiB);
       memory.write(begin - 4, Uint8Array.of(1, 1, 1, 1, 2, 2, 2, 2));
-      assert.is(fstatSync(large.fd).blocks * 512, PAGE, "the last page before it is the file's");
       assert.ok(new GuestMemory(large).copyIn(gpa(begin), 4, got));
       assert.is(got[0], 0x02020202);
       assert.ok(memory.copyOut(gpa(end - PAGE), PAGE, page(7)));
+      assert.is(
+        fstatSync(large.fd).blocks * 512,
+        PAGE,
+        "of what was written the page before it alone is the file's",
+      );
       memory.clear();
       for (const at of [begin - PAGE, begin, end - PAGE]) isZero(at);
       // To read a page of the file gives it one.
