@@ -47,16 +47,17 @@ export function randomDisk(directory: string, name: string, bytes: number): stri
 }
 
 /**
- * Has a guest that runs the script CONSOLE execute one line; returns what it printed. Rejects when its status is not 0
- * or it takes longer than `timeoutMs`. `console`: the VMM's process, ours or another.
+ * Has a guest that runs the script CONSOLE execute one line; returns what it printed. Rejects when its status is not 0,
+ * when the guest's kernel panics, or when it takes longer than `timeoutMs`. `console`: the VMM's process, ours or another.
  */
 export async function sh(console: HostProcess, line: string, timeoutMs = bootTimeoutMs): Promise<string> {
   console.write(`${line}\n`);
-  const [, output, status] = await console.waitFor(
-    /^((?:.|[\r\n])*?)guest: did (\d+)\r?\n/,
+  const [, output, status, panic] = await console.waitFor(
+    /^((?:.|[\r\n])*?)(?:guest: did (\d+)|(Kernel panic - .*?))\r?\n/,
     timeoutMs,
     "stdout",
   );
+  if (panic !== undefined) throw new Error(`the guest died: ${panic}: ${line}\n${tail(output!)}`);
   if (status !== "0") throw new Error(`the guest's exit status ${status}: ${line}\n${tail(output!)}`);
   return output!.replaceAll("\r", "");
 }
