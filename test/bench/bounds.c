@@ -204,6 +204,10 @@ static void exits(void)
 	};
 	struct kvm_userspace_memory_region region = { .memory_size = 16 * PAGE };
 	struct kvm_regs regs = { .rflags = 2, .rdx = PVDMA_PORT, .rip = PAGE, .rsi = PAGE, .r8 = PAGE };
+	static struct {
+		struct kvm_cpuid2 head;
+		struct kvm_cpuid_entry2 entries[256];
+	} cpuid = { .head.nent = 256 };
 	struct kvm_sregs sregs;
 	int kvm = open("/dev/kvm", O_RDWR);
 	int vm, size;
@@ -221,6 +225,9 @@ static void exits(void)
 	check(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION");
 	vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
 	check(vcpu < 0, "KVM_CREATE_VCPU");
+	/* without these it has no 64-bit mode */
+	check(ioctl(kvm, KVM_GET_SUPPORTED_CPUID, &cpuid), "KVM_GET_SUPPORTED_CPUID");
+	check(ioctl(vcpu, KVM_SET_CPUID2, &cpuid), "KVM_SET_CPUID2");
 	size = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
 	run = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
 	check(run == MAP_FAILED, "mmap");

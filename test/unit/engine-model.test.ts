@@ -170,6 +170,7 @@ class History {
       this.#compare();
       if (this.steps % 256 === 0) this.#compareStatistics();
     }
+    if (this.#random.oneIn(2)) this.#removeIdentity();
     this.#end();
   }
 
@@ -658,6 +659,15 @@ class History {
       assert.equal(stuck, this.#mappings.filter(inDomain).length);
     }
     see("device removed");
+  }
+
+  /** Few histories map it, and in few of these it goes by itself. */
+  #removeIdentity(): void {
+    if (this.#gone.has(IDENTITY_HANDLE)) return;
+    this.#faults.length = 0;
+    this.#faultRate = this.#random.pick([0, 2]);
+    this.#remove(IDENTITY_HANDLE);
+    this.#compare();
   }
 
   /** It was the last device of its domain: what the IOMMU has left of RAM, from the last slot on, is no longer pinned. */
