@@ -30,12 +30,14 @@ static uint ms = 300;
 module_param(ms, uint, 0444);
 
 #define PAGES	64u
+#define BLOCK_ORDER	get_order(2 * PAGES * PAGE_SIZE)
 #define ROUNDS	5u
 #define BATCH	8u
 #define THREADS_MAX 8u
 
 struct bench {
 	struct device *dev;
+	struct page *block;
 	struct page *pages[PAGES];
 	struct completion done;
 	u64 ns[ROUNDS];
@@ -44,35 +46,27 @@ struct bench {
 
 static struct bench benches[THREADS_MAX];
 
-/* Every second page of what was had, so that no two follow each other. */
+/*
+ * Every second page of a block: no two follow each other, and how far apart they are,
+ * which a lookup by page costs by, is not for chance to say.
+ */
 static int get_pages(struct bench *bench)
 {
-	struct page *between[PAGES] = { NULL };
 	unsigned int i;
-	int err = 0;
 
-	for (i = 0; i < PAGES && !err; i++) {
-		bench->pages[i] = alloc_page(GFP_KERNEL);
-		between[i] = alloc_page(GFP_KERNEL);
-		if (!bench->pages[i] || !between[i])
-			err = -ENOMEM;
-	}
-	for (i = 0; i < PAGES; i++) {
-		if (between[i])
-			__free_page(between[i]);
-	}
-	return err;
+	bench->block = alloc_pages(GFP_KERNEL, BLOCK_ORDER);
+	if (!bench->block)
+		return -ENOMEM;
+	for (i = 0; i < PAGES; i++)
+		bench->pages[i] = nth_page(bench->block, 2 * i);
+	return 0;
 }
 
 static void put_pages(struct bench *bench)
 {
-	unsigned int i;
-
-	for (i = 0; i < PAGES; i++) {
-		if (bench->pages[i])
-			__free_page(bench->pages[i]);
-		bench->pages[i] = NULL;
-	}
+	if (bench->block)
+		__free_pages(bench->block, BLOCK_ORDER);
+	bench->block = NULL;
 }
 
 static int pair(struct bench *bench, unsigned int turn)
