@@ -215,7 +215,7 @@ static void exits(void)
 	check(kvm < 0, "/dev/kvm");
 	vm = ioctl(kvm, KVM_CREATE_VM, 0);
 	check(vm < 0, "KVM_CREATE_VM");
-	check(ioctl(vm, KVM_SET_TSS_ADDR, (void *)0xfffbd000ul), "KVM_SET_TSS_ADDR");
+	check(ioctl(vm, KVM_SET_TSS_ADDR, TSS_GPA), "KVM_SET_TSS_ADDR");
 	check(ioctl(vm, KVM_CREATE_IRQCHIP, NULL), "KVM_CREATE_IRQCHIP");
 	memory = mmap(NULL, region.memory_size, PROT_READ | PROT_WRITE,
 		      MAP_SHARED | MAP_ANONYMOUS, -1, 0);

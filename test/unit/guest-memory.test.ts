@@ -99,6 +99,8 @@ test("the ends of low and of high RAM are what Linux writes first: apart from th
     { offset: 2 * MiB, bytes: 62 * MiB + PAGE },
     { offset: 66 * MiB, bytes: 4 * MiB + PAGE },
   ]);
+  const fitsLowAlone = [{ bytes: 3 * MiB + PAGE }, { bytes: MiB }];
+  assert.equal(writtenAtBoot(fitsLowAlone), [{ offset: 0, bytes: 3 * MiB + PAGE }]);
   assert.equal(writtenAtBoot([{ bytes: MiB + PAGE }, { bytes: MiB }]), [], "no large page fits");
 
   const large = createRam(LARGE, undefined, "6.2.0");
