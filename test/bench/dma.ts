@@ -127,6 +127,15 @@ try {
   /** By measure and contender, a figure a turn. */
   const results = new Map(MEASURES.map(({ word }) => [word, contenders.map((): number[] => [])]));
 
+  /** What comes of a measurement; an error says whose it is. */
+  const of = async <T>(who: number, measurement: Promise<T>): Promise<T> => {
+    try {
+      return await measurement;
+    } catch (error) {
+      throw new Error(`${contenders[who]!.name}: ${(error as Error).message}`, { cause: error });
+    }
+  };
+
   const vmms: HostProcess[] = [];
   for (const [who, { name, start }] of contenders.entries()) {
     progress(`  ${name} starts`);
@@ -135,8 +144,8 @@ try {
     const vmm = await start(bdf);
     await vmm.waitFor(/^guest: ready\r?\n/m, TIMEOUT_MS, "stdout");
     await sh(vmm, "wait_disk", TIMEOUT_MS);
-    await measureModule(vmm, WARM_UP.ms);
-    await measureDisk(vmm, WARM_UP.seconds);
+    await of(who, measureModule(vmm, WARM_UP.ms));
+    await of(who, measureDisk(vmm, WARM_UP.seconds));
     vmms.push(vmm);
   }
   for (let turn = 1; turn <= ROUNDS * TURNS; turn++) {
@@ -145,12 +154,14 @@ try {
     const turns = [...order.slice(first), ...order.slice(0, first)];
     for (let load = 0; load < LOADS; load++) {
       for (const who of turns) {
-        const { pair, list } = await measureModule(vmms[who]!, MODULE_MS);
+        const { pair, list } = await of(who, measureModule(vmms[who]!, MODULE_MS));
         add("pair", who, pair);
         add("list", who, list);
       }
     }
-    for (const who of turns) add("iops", who, await measureDisk(vmms[who]!, FIO_SECONDS));
+    for (const who of turns) {
+      add("iops", who, await of(who, measureDisk(vmms[who]!, FIO_SECONDS)));
+    }
     for (const { word, name, unit } of MEASURES) {
       const figures = contenders.map(
         ({ name }, who) => `${name} ${figure(results.get(word)![who]!.at(-1)!)}`,

@@ -46,6 +46,10 @@ export function randomDisk(directory: string, name: string, bytes: number): stri
   return file;
 }
 
+/** What a guest's panic on its entry stack may come of. */
+const DEATH_OF_THE_LAB =
+  "on its entry stack: of an interrupt that QEMU 7.2 delivers twice, if the frames show one taken with IF=0; see -accel in l1.ts";
+
 /**
  * Has a guest that runs the script CONSOLE execute one line; returns what it printed. Rejects when its status is not 0,
  * when the guest's kernel panics, or when it takes longer than `timeoutMs`. `console`: the VMM's process, ours or another.
@@ -57,7 +61,10 @@ export async function sh(console: HostProcess, line: string, timeoutMs = bootTim
     timeoutMs,
     "stdout",
   );
-  if (panic !== undefined) throw new Error(`the guest died: ${panic}: ${line}\n${tail(output!)}`);
+  if (panic !== undefined) {
+    const lab = output!.includes("ENTRY_TRAMPOLINE") ? ` (${DEATH_OF_THE_LAB})` : "";
+    throw new Error(`the guest died: ${panic}${lab}: ${line}\n${tail(output!)}`);
+  }
   if (status !== "0") throw new Error(`the guest's exit status ${status}: ${line}\n${tail(output!)}`);
   return output!.replaceAll("\r", "");
 }
