@@ -45,6 +45,13 @@ const LIMIT_COUNT = status(STATUS.limit, ERRNO.EOVERFLOW);
 /** Granules that are given back for one that cannot be mapped, before it is given up. */
 const EVICTIONS_MAX = 16;
 
+/**
+ * How often the hand of one call may go round: once until no granule counts as used, once to find the first that is free,
+ * and once for all others that are; one more since guests go on meanwhile. A hostile guest that counts all but one would
+ * have it go round for each page it asks for, with the domain locked.
+ */
+const ROUNDS_MAX = 4;
+
 /** Attempts to take one from a count that others change. */
 const UNCOUNT_TRIES = 1000;
 
@@ -100,6 +107,8 @@ export class CachedDomain implements Domain {
   readonly #places: Int32Array;
   /** The granule in hand, as a run. */
   readonly #run = new RunList(1);
+  /** Granules that the call at hand may still look at in search of one to give back. */
+  #looks = 0;
 
   /**
    * Shared memory for a new domain, with nothing mapped. Throws a RangeError when `granuleBytes` is no power of two from
@@ -178,6 +187,7 @@ export class CachedDomain implements Domain {
       const result = this.#count(runs);
       if (result !== OK) return result;
     }
+    this.#allowLooks(runs.pages);
     for (let run = 0; run < runs.count; run++) {
       const page = this.#ram.gpaPageOf(runs.ramPage[run]!);
       const result = this.#mapPages(page, runs.runPages[run]!);
@@ -210,10 +220,12 @@ export class CachedDomain implements Domain {
     return this.entriesUsed > 0;
   }
 
-  /** Gives back up to EVICTIONS_MAX granules that nobody has mapped, the least used first; returns how many went. */
-  reclaim(): number {
+  /** EVICTIONS_MAX at least, where there are so many, for the next call's sake; the least used first. */
+  reclaim(pages: number): number {
+    this.#allowLooks(0);
+    const enough = this.#header[PAGES]! - pages;
     let given = 0;
-    while (given < EVICTIONS_MAX && this.#evict()) given++;
+    while ((given < EVICTIONS_MAX || this.#header[PAGES]! > enough) && this.#evict()) given++;
     return given;
   }
 
@@ -380,14 +392,22 @@ export class CachedDomain implements Domain {
     for (let page = first; page < end; page++) Atomics.or(this.#table.entries, page, PINNED);
   }
 
+  /** A call begins that maps up to so many granules. */
+  #allowLooks(granules: number): void {
+    const most = Math.min(this.#header[MAPPED]! + granules, this.#entries);
+    this.#looks = ROUNDS_MAX * most + EVICTIONS_MAX;
+  }
+
   /**
    * Gives one granule back that nobody has mapped: the hand goes round, passing those that were used since it last came,
-   * and, if there is no other, takes one of these (Corbató's clock). False when all are in use.
+   * and, if there is no other, takes one of these (Corbató's clock). False when all are in use, or the call has looked
+   * long enough.
    */
   #evict(): boolean {
     const header = this.#header;
     for (let round = 0; round < 2; round++) {
       for (let looks = header[MAPPED]!; looks > 0; looks--) {
+        if (this.#looks-- <= 0) return false;
         if (header[HAND]! >= header[MAPPED]!) header[HAND] = 0;
         if (this.#giveBack(this.#list[header[HAND]!]!, round > 0)) {
           this.#counters[EVICTED]!++;

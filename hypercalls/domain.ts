@@ -64,8 +64,11 @@ export interface Domain {
   /** Whether reclaim has anything to try. Needs no lock. */
   readonly reclaimable: boolean;
 
-  /** Gives back what no driver has mapped any more; returns the mappings that went. */
-  reclaim(): number;
+  /**
+   * Gives back what no driver has mapped any more, for a map of `pages` pages that met a limit; returns the mappings that
+   * went. What may be of use where it is stays when that is enough.
+   */
+  reclaim(pages: number): number;
 
   /** Pages mapped for a device, or for all with handle 0; stuck ones count. */
   mappedPages(handle: number): number;

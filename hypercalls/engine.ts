@@ -655,7 +655,7 @@ export class Engine {
       const lock = this.#locks[index]!;
       lock.acquire();
       try {
-        given += domain.reclaim();
+        given += domain.reclaim(this.#runs.pages);
       } finally {
         lock.release();
       }

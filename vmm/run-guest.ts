@@ -484,7 +484,8 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     const start = prepareLinux(images, plan, acpi.rsdp);
     for (const write of [...start.writes, ...acpi.writes]) load(guest.memory, write);
 
-    const sweeper = new IdleSweeper(engine, options.idleSeconds, () => machine.threadLost);
+    const mayWait = () => machine.threadLost || emulated.anyTorn;
+    const sweeper = new IdleSweeper(engine, options.idleSeconds, mayWait);
     cleanup.add(() => sweeper.stop());
 
     // 9. The vCPUs run, the terminal is the guest's.
@@ -518,12 +519,15 @@ class IdleSweeper {
   private sweeping: Promise<void> | undefined;
   private stopped = false;
 
-  /** 0 seconds: never. Once a thread is lost, which may have held a lock, it takes none any more. */
-  constructor(engine: Engine, seconds: number, threadLost: () => boolean) {
+  /**
+   * 0 seconds: never. `mayWait`: whether it might wait for a thread that will not go on: one that is lost may have held a
+   * lock, one that is being ended may have been in an access.
+   */
+  constructor(engine: Engine, seconds: number, mayWait: () => boolean) {
     if (seconds === 0) return;
     const pause = async () => {
       await setImmediate();
-      return !this.stopped && !threadLost();
+      return !this.stopped && !mayWait();
     };
     this.timer = setInterval(() => {
       this.sweeping ??= engine.sweep(SWEEP_GRANULES, pause).finally(() => {

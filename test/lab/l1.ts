@@ -411,10 +411,10 @@ function qemuArgs(
   // like. No extended states: SVM in TCG does not intercept XSETBV, so KVM would not know what its guest enabled.
   // No ERMS: with it, kernels and the C library clear and copy memory by REP STOSB and MOVSB, which TCG does byte by byte,
   // at half the speed of eight at a time.
-  // Seldom (twice in some fifteen hours) a guest dies in its kernel's entry code, of the entry stack's guard page: QEMU 7.2's
-  // VMRUN leaves the number of an interrupt it has injected in exception_index, and when another thread's request comes
-  // between two looks of cpu_handle_interrupt(), the interrupt is delivered once more, with IF=0. With a pause between the
-  // two looks QEMU's guests die as ours do, within a minute; with the number cleared none does.
+  // Seldom (twice in some fifteen hours) a guest dies in its kernel's entry code, where GS and the stack are not yet the
+  // kernel's: QEMU 7.2's VMRUN leaves the number of an interrupt it has injected in exception_index, and when another
+  // thread's request comes between two looks of cpu_handle_interrupt(), the interrupt is delivered once more, with IF=0.
+  // With a pause between the two looks QEMU's guests die as ours do, within a minute; with the number cleared none does.
   // biome-ignore format: one option per line
   return [
     "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",

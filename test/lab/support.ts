@@ -46,9 +46,9 @@ export function randomDisk(directory: string, name: string, bytes: number): stri
   return file;
 }
 
-/** What a guest's panic on its entry stack may come of. */
+/** What a guest's panic in its kernel's entry code may come of. */
 const DEATH_OF_THE_LAB =
-  "on its entry stack: of an interrupt that QEMU 7.2 delivers twice, if the frames show one taken with IF=0; see -accel in l1.ts";
+  "in entry code: of an interrupt that QEMU 7.2 delivers twice, if the frames show one taken with IF=0; see -accel in l1.ts";
 
 /**
  * Has a guest that runs the script CONSOLE execute one line; returns what it printed. Rejects when its status is not 0,
@@ -62,7 +62,7 @@ export async function sh(console: HostProcess, line: string, timeoutMs = bootTim
     "stdout",
   );
   if (panic !== undefined) {
-    const lab = output!.includes("ENTRY_TRAMPOLINE") ? ` (${DEATH_OF_THE_LAB})` : "";
+    const lab = /ENTRY_TRAMPOLINE|RIP: 0010:(entry|asm)_/.test(output!) ? ` (${DEATH_OF_THE_LAB})` : "";
     throw new Error(`the guest died: ${panic}${lab}: ${line}\n${tail(output!)}`);
   }
   if (status !== "0") throw new Error(`the guest's exit status ${status}: ${line}\n${tail(output!)}`);

@@ -336,6 +336,40 @@ calls("a strict device gets what a cached one does not use", () => {
   assert.ok(reaches(cached, 0));
 });
 
+calls("a strict device's map takes as much from a cached one as it needs", () => {
+  const cached = makeCached({ granulePages: 1, quotaBytes: 64 * PAGE });
+  const { guest, engine } = cached;
+  guest.map(HIGH_PAGE, 64);
+  guest.unmap(HIGH_PAGE, 62);
+  assert.equal(engine.map(3, 0, 40 * PAGE, ANY, RW), 0);
+  assert.equal(stat(engine, "dma/evicted"), 40);
+  assert.equal(engine.map(3, 40 * PAGE, 2 * PAGE, ANY, RW), 0);
+  assert.equal(
+    stat(engine, "dma/evicted"),
+    56,
+    "for one page as for some: they are gone before they are asked for",
+  );
+  const more = (HIGH_PAGE + 64) * PAGE;
+  assert.equal(engine.map(3, more, 21 * PAGE, ANY, RW), LIMIT(ERRNO.EDQUOT), "what is idle is not enough");
+  assert.equal(engine.map(3, more, 20 * PAGE, ANY, RW), 0);
+  assert.equal(engine.pinnedBytes, 64 * PAGE);
+  for (const page of [62, 63]) assert.ok(reaches(cached, HIGH_PAGE + page), "what is in use stays");
+});
+
+calls("a guest that has all but one granule in use does not have the host search for ever", () => {
+  const cached = makeCached({ granulePages: 1, entries: 40 });
+  const { guest, engine, backend } = cached;
+  guest.map(0, 40);
+  guest.unmap(39, 1);
+  // Says that it has counted, and has not: what a call maps is free again at once.
+  const result = engine.map(1, HIGH_PAGE * PAGE, 90 * PAGE, ANY, RW | counted);
+  assert.equal(result, LIMIT(ERRNO.ENOSPC));
+  assert.ok(stat(engine, "dma/evicted") <= 4, `${stat(engine, "dma/evicted")} granules given back`);
+  assert.equal(backend.iommu.entriesUsed, 40);
+  for (let page = 0; page < 39; page++) assert.ok(reaches(cached, page), `page ${page} is in use`);
+  assertConsistent(cached, 1);
+});
+
 calls("while there are rules of injection every map makes its call, and afterwards none", () => {
   const cached = makeCached();
   const { guest, engine } = cached;
