@@ -4,6 +4,11 @@
  * host for a moment, idle, so that unmaps go there many at a time, and a buffer that
  * is mapped again meanwhile needs no call at all. Keeps the books only: the caller
  * makes the calls, and holds a lock of its own around each function here.
+ *
+ * One book for a device, not one for each CPU: drivers map a buffer on one CPU and
+ * unmap it on another, where its interrupt came, and the next map of it, wherever that
+ * is, has to find it. A map that finds none makes a call, beside which the lock is
+ * nothing.
  */
 #ifndef PVDMA_LAZY_H
 #define PVDMA_LAZY_H

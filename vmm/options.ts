@@ -129,7 +129,7 @@ ${modelsHelp()}
                                   of RAM
                          lazy     the pages that the guest's drivers have mapped, and for some 10 ms those that they
                                   had: unmaps are made many at a time, and who maps a buffer again meanwhile makes
-                                  no call
+                                  no call; a list of buffers makes one each time
                          strict   the pages that the guest's drivers have mapped at this moment, and no others
                          pinned   all of guest RAM, pinned at start, as other VMMs do; the guest needs no module
 

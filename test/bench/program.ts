@@ -6,7 +6,7 @@ import { type Section, sectionText } from "./report.js";
 /** What a benchmark tells run.ts. */
 export interface Measured {
   readonly sections: readonly Section[];
-  /** Versions and sizes that its figures depend on; see Report.measuredOn. */
+  /** Versions and sizes that its figures depend on, beside the machine's; see Section.measured. */
   readonly measuredOn?: Readonly<Record<string, string>>;
 }
 

@@ -18,6 +18,8 @@ export interface Section {
   /** Contenders to beat, under a name for the best of them: the others are compared with that one too. */
   readonly peers?: { readonly best: string; readonly contenders: readonly string[] };
   readonly rows: readonly Row[];
+  /** When, and on what, as words by what they are of: a report may have sections of several runs. */
+  readonly measured?: Readonly<Record<string, string>>;
 }
 
 /** One thing that was measured, of each contender. */
@@ -32,10 +34,7 @@ export interface Bar {
   readonly values: readonly number[];
 }
 
-/** A report: sections, and what they were measured on. */
 export interface Report {
-  /** Words such as "Linux 6.12.9" by what they are of. */
-  readonly measuredOn: Readonly<Record<string, string>>;
   readonly sections: readonly Section[];
 }
 
@@ -169,13 +168,14 @@ function sectionTable(section: Section): string {
 }
 
 /** A report as one page without anything to load. */
-export function reportHtml({ measuredOn, sections }: Report): string {
-  const on = Object.entries(measuredOn).map(
-    ([what, words]) => `<tr><th>${escaped(what)}</th><td>${escaped(words)}</td></tr>`,
-  );
+export function reportHtml({ sections }: Report): string {
+  const measured = (section: Section): string =>
+    Object.entries(section.measured ?? {})
+      .map(([what, words]) => escaped(`${what}: ${words}`))
+      .join("; ");
   const body = sections.map(
     (section) =>
-      `<h2 id="${section.id}">${escaped(section.title)}</h2>\n<p>${escaped(section.about)}</p>\n${sectionSvg(section)}<details><summary>figures</summary>${sectionTable(section)}</details>`,
+      `<h2 id="${section.id}">${escaped(section.title)}</h2>\n<p>${escaped(section.about)}</p>\n<p class="measured">${measured(section)}</p>\n${sectionSvg(section)}<details><summary>figures</summary>${sectionTable(section)}</details>`,
   );
   return `<!doctype html>
 <html lang="en">
@@ -185,13 +185,12 @@ export function reportHtml({ measuredOn, sections }: Report): string {
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #1b1f23; background: #fff }
 table { border-collapse: collapse; margin: 1em 0 } td, th { text-align: left; padding: 2px 12px 2px 0; border-bottom: 1px solid #e1e4e8 }
 svg { max-width: 100%; height: auto }
+.measured { color: #57606a; font-size: 13px }
 </style>
 <h1>pvdma: benchmarks</h1>
 <p>Contenders take turns, round by round, and a figure is the median of its rounds; the line in a bar goes from the least to
-the most. In the lab all processors are software: its absolute figures say little, ratios within a chart are what counts.</p>
-<table>
-${on.join("\n")}
-</table>
+the most. In the lab all processors are software: its absolute figures say little, ratios within a chart are what counts.
+Charts may be of different runs and machines: figures of two of them do not compare.</p>
 ${body.join("\n")}
 </html>
 `;

@@ -68,7 +68,8 @@ const names = Object.keys(BENCHMARKS).filter(
 const out = values.out ?? (positionals.length === 0 ? join(repoRoot, "test/bench/REPORT") : undefined);
 
 const sections: Section[] = [];
-let measuredOn: Report["measuredOn"] = {
+const here = {
+  Date: new Date().toISOString().slice(0, 10),
   Processor: `${cpus()[0]?.model ?? "unknown"}, ${cpus().length} CPUs`,
   "Node.js": process.version,
 };
@@ -76,22 +77,18 @@ for (const [index, name] of names.entries()) {
   console.error(`[${index + 1}/${names.length}] ${name}: ${BENCHMARKS[name]}`);
   const measured = await run(name);
   for (const section of measured.sections) console.log(sectionText(section));
-  sections.push(...measured.sections);
-  measuredOn = { ...measuredOn, ...measured.measuredOn };
+  for (const section of measured.sections) {
+    sections.push({ ...section, measured: { ...here, ...measured.measuredOn } });
+  }
 }
 if (out !== undefined) {
   mkdirSync(out, { recursive: true });
   const file = join(out, "report.json");
   // Ratios are within a section, and a section is of one run: those of several runs can stand in one report.
   const isPart = positionals.length > 0 && existsSync(file);
-  const before: Report = isPart
-    ? (JSON.parse(readFileSync(file, "utf8")) as Report)
-    : { measuredOn: {}, sections: [] };
+  const before: Report = isPart ? (JSON.parse(readFileSync(file, "utf8")) as Report) : { sections: [] };
   const all = new Map([...before.sections, ...sections].map((section) => [section.id, section]));
-  const report: Report = {
-    measuredOn: { ...before.measuredOn, ...measuredOn },
-    sections: [...all.values()],
-  };
+  const report: Report = { sections: [...all.values()] };
   writeFileSync(file, `${JSON.stringify(report, null, 2)}\n`);
   writeFileSync(join(out, "report.html"), reportHtml(report));
   for (const section of report.sections) writeFileSync(join(out, `${section.id}.svg`), sectionSvg(section));
