@@ -7,8 +7,8 @@
  *
  * One book for a device, not one for each CPU: drivers map a buffer on one CPU and
  * unmap it on another, where its interrupt came, and the next map of it, wherever that
- * is, has to find it. A map that finds none makes a call, beside which the lock is
- * nothing.
+ * is, has to find it. CPUs that find theirs at once wait for each other, for a few
+ * instructions; who wants more than that has policy cached.
  */
 #ifndef PVDMA_LAZY_H
 #define PVDMA_LAZY_H

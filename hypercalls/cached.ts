@@ -46,9 +46,9 @@ const LIMIT_COUNT = status(STATUS.limit, ERRNO.EOVERFLOW);
 const EVICTIONS_MAX = 16;
 
 /**
- * How often the hand of one call may go round: once until no granule counts as used, once to find the first that is free,
- * and once for all others that are; one more since guests go on meanwhile. A hostile guest that counts all but one would
- * have it go round for each page it asks for, with the domain locked.
+ * How often the hand may go round for one attempt at a call, in the last two rounds without regard to use: a guest that goes
+ * on using everything gets all that is free all the same. A hostile guest that counts all but one would have it go round for
+ * each page it asks for, with the domain locked.
  */
 const ROUNDS_MAX = 4;
 
@@ -107,8 +107,8 @@ export class CachedDomain implements Domain {
   readonly #places: Int32Array;
   /** The granule in hand, as a run. */
   readonly #run = new RunList(1);
-  /** Granules that the call at hand may still look at in search of one to give back. */
-  #looks = 0;
+  /** Granules that the attempt at hand may still look at in search of one to give back. */
+  #looksLeft = 0;
 
   /**
    * Shared memory for a new domain, with nothing mapped. Throws a RangeError when `granuleBytes` is no power of two from
@@ -220,12 +220,11 @@ export class CachedDomain implements Domain {
     return this.entriesUsed > 0;
   }
 
-  /** EVICTIONS_MAX at least, where there are so many, for the next call's sake; the least used first. */
-  reclaim(pages: number): number {
+  /** Up to EVICTIONS_MAX granules at a time, the least used first. */
+  reclaim(): number {
     this.#allowLooks(0);
-    const enough = this.#header[PAGES]! - pages;
     let given = 0;
-    while ((given < EVICTIONS_MAX || this.#header[PAGES]! > enough) && this.#evict()) given++;
+    while (given < EVICTIONS_MAX && this.#evict()) given++;
     return given;
   }
 
@@ -392,10 +391,10 @@ export class CachedDomain implements Domain {
     for (let page = first; page < end; page++) Atomics.or(this.#table.entries, page, PINNED);
   }
 
-  /** A call begins that maps up to so many granules. */
+  /** An attempt begins, at a map of up to so many granules. */
   #allowLooks(granules: number): void {
     const most = Math.min(this.#header[MAPPED]! + granules, this.#entries);
-    this.#looks = ROUNDS_MAX * most + EVICTIONS_MAX;
+    this.#looksLeft = ROUNDS_MAX * most + EVICTIONS_MAX;
   }
 
   /**
@@ -407,9 +406,9 @@ export class CachedDomain implements Domain {
     const header = this.#header;
     for (let round = 0; round < 2; round++) {
       for (let looks = header[MAPPED]!; looks > 0; looks--) {
-        if (this.#looks-- <= 0) return false;
+        if (this.#looksLeft-- <= 0) return false;
         if (header[HAND]! >= header[MAPPED]!) header[HAND] = 0;
-        if (this.#giveBack(this.#list[header[HAND]!]!, round > 0)) {
+        if (this.#giveBack(this.#list[header[HAND]!]!, round > 0 || this.#looksLeft < 2 * header[MAPPED]!)) {
           this.#counters[EVICTED]!++;
           return true;
         }

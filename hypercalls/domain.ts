@@ -65,10 +65,10 @@ export interface Domain {
   readonly reclaimable: boolean;
 
   /**
-   * Gives back what no driver has mapped any more, for a map of `pages` pages that met a limit; returns the mappings that
-   * went. What may be of use where it is stays when that is enough.
+   * Gives back some of what no driver has mapped any more; returns the mappings that went. There may be more as long as
+   * it is any.
    */
-  reclaim(pages: number): number;
+  reclaim(): number;
 
   /** Pages mapped for a device, or for all with handle 0; stuck ones count. */
   mappedPages(handle: number): number;

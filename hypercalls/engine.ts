@@ -640,27 +640,47 @@ export class Engine {
 
   /**
    * Gives back what can be, for a map in the domain `asking` that met a limit: in all domains, since the VM's quota and locked
-   * memory are common to them. But what is cached goes only for these two, and not for its own domain, which has done that.
-   * One domain's lock at a time, and none is held by the caller. Returns the mappings that went.
+   * memory are common to them. But what is cached goes only for these two, no more of it than the map may need, and not for
+   * its own domain, which has done that. One domain's lock at a time, for some mappings at a time, and none is held by the
+   * caller. Returns the mappings that went.
    */
   #reclaim(asking: number, limit: number): number {
     const errno = statusErrnoOf(limit);
-    const vmQuota = errno === ERRNO.EDQUOT && this.#state.config.quotaBytes > 0;
-    const common = vmQuota || errno === ERRNO.ENOMEM;
+    const { quotaBytes, domains } = this.#state.config;
+    // Each page may take a granule, and none may be pinned already.
+    const granulePages = (domains[asking]!.cached?.granuleBytes ?? PAGE_BYTES) / PAGE_BYTES;
+    const most = this.#runs.pages * granulePages;
+    // With this many pinned the map has room: under the quota, or where the host's limit was met.
+    let enough = Number.POSITIVE_INFINITY;
+    if (errno === ERRNO.EDQUOT && quotaBytes > 0) enough = Math.floor(quotaBytes / PAGE_BYTES) - most;
+    else if (errno === ERRNO.ENOMEM) enough = this.#pins.pinnedPages - most;
     let given = 0;
     for (let index = 0; index < this.#domains.length; index++) {
       const domain = this.#domains[index]!;
-      if (!domain.reclaimable) continue;
-      if (domain instanceof CachedDomain && (!common || index === asking)) continue;
-      const lock = this.#locks[index]!;
-      lock.acquire();
-      try {
-        given += domain.reclaim(this.#runs.pages);
-      } finally {
-        lock.release();
+      if (!(domain instanceof CachedDomain)) {
+        if (domain.reclaimable) given += this.#reclaimSome(index);
+        continue;
+      }
+      if (index === asking) continue;
+      // Others may map as fast as this gives back: not longer than it takes once.
+      for (let left = domain.entriesUsed; left > 0 && this.#pins.pinnedPages > enough; ) {
+        const some = this.#reclaimSome(index);
+        if (some === 0) break;
+        given += some;
+        left -= some;
       }
     }
     return given;
+  }
+
+  #reclaimSome(index: number): number {
+    const lock = this.#locks[index]!;
+    lock.acquire();
+    try {
+      return this.#domains[index]!.reclaim();
+    } finally {
+      lock.release();
+    }
   }
 
   /** Lets the rules decide about a call of `this.handle`; holds no lock. Returns the status of a failure, or ok. */

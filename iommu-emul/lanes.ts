@@ -17,7 +17,9 @@
 // begins after U2 may be waited for as well, but only the one that U3 met: the section is a number that counts up.
 //
 // The same holds for a table of the page table that an unmap left empty, which is used again after U3 only, and for
-// bus mastering with "flag := 0" for U1 and U2 and its reading for D2.
+// bus mastering with "flag := 0" for U1 and U2 and its reading for D2. A device that is no bus master does not even get
+// to D1: it looks at the flag before. So a thread that does not answer can be ended by force once bus mastering is off
+// (`terminate()` of a Worker stops it anywhere), and leaves no odd section behind for which others would wait.
 //
 // The ring of invalidations needs no more care: a second unmap posts after the first has waited for the access (the
 // lock), so while an access is at D2 at most one range is being written, and that is slot g + 1 of the ring, which
@@ -119,6 +121,11 @@ export class OwnLane {
     if ((this.#value & 1) !== 0) {
       throw new Error(`software IOMMU: lane ${lane} has an access under way; is its thread marked dead?`);
     }
+  }
+
+  /** A look before D1; what it says may change at any time, and counts between enter and leave only. */
+  isBusMaster(): boolean {
+    return (Atomics.load(this.#words, this.#flags) & FLAG.busMaster) !== 0;
   }
 
   /** D1. `leave` follows, whatever happens. */

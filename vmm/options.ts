@@ -127,9 +127,9 @@ ${modelsHelp()}
                                   or there is need: a map of such a page costs the guest nothing. Devices reach what
                                   was used for DMA lately, to read and to write. Needs devices that can address all
                                   of RAM
-                         lazy     the pages that the guest's drivers have mapped, and for some 10 ms those that they
-                                  had: unmaps are made many at a time, and who maps a buffer again meanwhile makes
-                                  no call; a list of buffers makes one each time
+                         lazy     the pages that the guest's drivers have mapped, and for some 10 ms (lazy_ms of the
+                                  module) those that they had: unmaps are made many at a time, and who maps the same
+                                  buffer again meanwhile makes no call (a list of buffers, dma_map_sg, always does)
                          strict   the pages that the guest's drivers have mapped at this moment, and no others
                          pinned   all of guest RAM, pinned at start, as other VMMs do; the guest needs no module
 

@@ -484,8 +484,7 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     const start = prepareLinux(images, plan, acpi.rsdp);
     for (const write of [...start.writes, ...acpi.writes]) load(guest.memory, write);
 
-    const mayWait = () => machine.threadLost || emulated.anyTorn;
-    const sweeper = new IdleSweeper(engine, options.idleSeconds, mayWait);
+    const sweeper = new IdleSweeper(engine, options.idleSeconds, () => machine.threadLost);
     cleanup.add(() => sweeper.stop());
 
     // 9. The vCPUs run, the terminal is the guest's.
@@ -519,15 +518,12 @@ class IdleSweeper {
   private sweeping: Promise<void> | undefined;
   private stopped = false;
 
-  /**
-   * 0 seconds: never. `mayWait`: whether it might wait for a thread that will not go on: one that is lost may have held a
-   * lock, one that is being ended may have been in an access.
-   */
-  constructor(engine: Engine, seconds: number, mayWait: () => boolean) {
+  /** 0 seconds: never. Once a thread is lost, which may have held a lock, it takes none any more. */
+  constructor(engine: Engine, seconds: number, threadLost: () => boolean) {
     if (seconds === 0) return;
     const pause = async () => {
       await setImmediate();
-      return !this.stopped && !mayWait();
+      return !this.stopped && !threadLost();
     };
     this.timer = setInterval(() => {
       this.sweeping ??= engine.sweep(SWEEP_GRANULES, pause).finally(() => {

@@ -12,8 +12,8 @@ import { QemuBeside } from "../lab/qemu.js";
 import { CONSOLE } from "../lab/scripts.js";
 import { blankDisk, RunningVmm, sh } from "../lab/support.js";
 import { median } from "../median.js";
-import { present, progress } from "./program.js";
-import { figure, type Row } from "./report.js";
+import { inLab, present, progress } from "./program.js";
+import { figure, type Row, type Section } from "./report.js";
 
 const ROUNDS = Number(process.argv[2] ?? 3);
 /** Of a round: each measure of each contender. */
@@ -128,7 +128,7 @@ try {
   const results = new Map(MEASURES.map(({ word }) => [word, contenders.map((): number[] => [])]));
 
   /** What comes of a measurement; an error says whose it is. */
-  const of = async <T>(who: number, measurement: Promise<T>): Promise<T> => {
+  const measureOf = async <T>(who: number, measurement: Promise<T>): Promise<T> => {
     try {
       return await measurement;
     } catch (error) {
@@ -144,8 +144,8 @@ try {
     const vmm = await start(bdf);
     await vmm.waitFor(/^guest: ready\r?\n/m, TIMEOUT_MS, "stdout");
     await sh(vmm, "wait_disk", TIMEOUT_MS);
-    await of(who, measureModule(vmm, WARM_UP.ms));
-    await of(who, measureDisk(vmm, WARM_UP.seconds));
+    await measureOf(who, measureModule(vmm, WARM_UP.ms));
+    await measureOf(who, measureDisk(vmm, WARM_UP.seconds));
     vmms.push(vmm);
   }
   for (let turn = 1; turn <= ROUNDS * TURNS; turn++) {
@@ -154,13 +154,13 @@ try {
     const turns = [...order.slice(first), ...order.slice(0, first)];
     for (let load = 0; load < LOADS; load++) {
       for (const who of turns) {
-        const { pair, list } = await of(who, measureModule(vmms[who]!, MODULE_MS));
+        const { pair, list } = await measureOf(who, measureModule(vmms[who]!, MODULE_MS));
         add("pair", who, pair);
         add("list", who, list);
       }
     }
     for (const who of turns) {
-      add("iops", who, await of(who, measureDisk(vmms[who]!, FIO_SECONDS)));
+      add("iops", who, await measureOf(who, measureDisk(vmms[who]!, FIO_SECONDS)));
     }
     for (const { word, name, unit } of MEASURES) {
       const figures = contenders.map(
@@ -182,30 +182,29 @@ try {
     `All guests are there at once, each with a controller of its own, and take turns of seconds: ${ROUNDS * TURNS} each. ` +
     "Lazy with lazy_ms=500: a call takes several hundred microseconds here, and its 10 ms would be over before a page's turn " +
     "came again.";
-  present({
-    sections: [
-      {
-        id: "dma",
-        title: "What a map and its unmap cost a driver",
-        about: `${about} The same module over the plain DMA API in every guest; 64 pages, every second one of a block.`,
-        unit: "µs",
-        better: "less",
-        reference: "pvdma, pinned",
-        peers,
-        rows: [rows("pair"), rows("list")],
-      },
-      {
-        id: "dma-iops",
-        title: "What is left of the disk's speed",
-        about: `${about} fio with io_uring.`,
-        unit: "I/Os per second",
-        better: "more",
-        reference: "pvdma, pinned",
-        peers,
-        rows: [rows("iops")],
-      },
-    ],
-  });
+  const sections: Section[] = [
+    {
+      id: "dma",
+      title: "What a map and its unmap cost a driver",
+      about: `${about} The same module over the plain DMA API in every guest; 64 pages, every second one of a block.`,
+      unit: "µs",
+      better: "less",
+      reference: "pvdma, pinned",
+      peers,
+      rows: [rows("pair"), rows("list")],
+    },
+    {
+      id: "dma-iops",
+      title: "What is left of the disk's speed",
+      about: `${about} fio with io_uring.`,
+      unit: "I/Os per second",
+      better: "more",
+      reference: "pvdma, pinned",
+      peers,
+      rows: [rows("iops")],
+    },
+  ];
+  present({ sections: sections.map(inLab) });
 } finally {
   await host.close();
   files.remove();

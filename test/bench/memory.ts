@@ -12,7 +12,7 @@ import { endDriven, loadNvme, startDriven } from "../lab/recovery.js";
 import { CONSOLE } from "../lab/scripts.js";
 import { blankDisk, bootTimeoutMs, MiB, RunningVmm } from "../lab/support.js";
 import { median } from "../median.js";
-import { present, progress } from "./program.js";
+import { inLab, present, progress } from "./program.js";
 import { type Bar, figure, type Row, type Section } from "./report.js";
 
 const ROUNDS = Number(process.argv[2] ?? 3);
@@ -352,7 +352,8 @@ try {
   const granules = await measureGranules();
   const all = await policyPinned();
   const { about } = memory;
-  present({ sections: [{ ...memory, about: `${about} ${all}` }, ...granules, ...starts, cpus] });
+  const sections = [{ ...memory, about: `${about} ${all}` }, ...granules, ...starts, cpus];
+  present({ sections: sections.map(inLab) });
 } finally {
   await host.close();
   files.remove();

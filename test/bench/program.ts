@@ -1,13 +1,19 @@
 // A benchmark is a program of its own, so that what one leaves behind (compiled code, garbage) does not change the next.
 // Run by itself it prints its figures; run.ts starts them all and gathers what they say.
 
+import { execFileSync } from "node:child_process";
 import { type Section, sectionText } from "./report.js";
 
 /** What a benchmark tells run.ts. */
 export interface Measured {
   readonly sections: readonly Section[];
-  /** Versions and sizes that its figures depend on, beside the machine's; see Section.measured. */
-  readonly measuredOn?: Readonly<Record<string, string>>;
+}
+
+/** A section whose figures are of the lab: they depend on its hardware, too, which is QEMU's. */
+export function inLab(section: Section): Section {
+  const version = execFileSync("qemu-system-x86_64", ["--version"], { encoding: "utf8" });
+  const qemu = /version ([\d.]+)/.exec(version)![1]!;
+  return { ...section, measured: { "QEMU, the lab's hardware and the peer": qemu } };
 }
 
 /** Progress, for whoever waits. */

@@ -18,7 +18,7 @@ export interface Section {
   /** Contenders to beat, under a name for the best of them: the others are compared with that one too. */
   readonly peers?: { readonly best: string; readonly contenders: readonly string[] };
   readonly rows: readonly Row[];
-  /** When, and on what, as words by what they are of: a report may have sections of several runs. */
+  /** When it was measured and on what, such as Date: "2026-11-29": a report may have sections of several runs. */
   readonly measured?: Readonly<Record<string, string>>;
 }
 

@@ -78,7 +78,7 @@ for (const [index, name] of names.entries()) {
   const measured = await run(name);
   for (const section of measured.sections) console.log(sectionText(section));
   for (const section of measured.sections) {
-    sections.push({ ...section, measured: { ...here, ...measured.measuredOn } });
+    sections.push({ ...section, measured: { ...here, ...section.measured } });
   }
 }
 if (out !== undefined) {

@@ -48,7 +48,7 @@ export function randomDisk(directory: string, name: string, bytes: number): stri
 
 /** What a guest's panic in its kernel's entry code may come of. */
 const DEATH_OF_THE_LAB =
-  "in entry code: of an interrupt that QEMU 7.2 delivers twice, if the frames show one taken with IF=0; see -accel in l1.ts";
+  "perhaps of an interrupt that QEMU delivered twice: see qemuArgs() in test/lab/l1.ts";
 
 /**
  * Has a guest that runs the script CONSOLE execute one line; returns what it printed. Rejects when its status is not 0,

@@ -554,6 +554,18 @@ waiting("an unmap waits for what is moved in place", async () => {
   await exited;
 });
 
+waiting("a device that is no bus master has no access under way, however often it tries", () => {
+  const { iommu, shared, port, map } = setUp();
+  map(AT, 0, PAGE);
+  const { lanes } = new Shared(shared);
+  const section = () => Atomics.load(lanes, LANE.section);
+  assert.equal(port.write(AT, Buffer.alloc(8), 0, 8), DMA_FAULT.none);
+  iommu.setBusMaster(0, false);
+  const before = section();
+  assert.equal(port.write(AT, Buffer.alloc(8), 0, 8), DMA_FAULT.noBusMaster);
+  assert.equal(section(), before);
+});
+
 waiting("an access of another device, or a later one, holds nobody up", () => {
   const { shared, map, unmap } = setUp(64 * PAGE, { lanes: 1 });
   const views = new Shared(shared);

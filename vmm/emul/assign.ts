@@ -129,11 +129,6 @@ export class OpenEmulated implements FaultSource {
     for (const domain of this.byLabel.values()) domain.readFaults(each);
   }
 
-  /** Whether a device's thread is being ended by force: until it is gone the main thread must not unmap. */
-  get anyTorn(): boolean {
-    return this.hosted.some((device) => device.isTorn);
-  }
-
   /** Ends the devices' threads; resolves when all they were given is stored. They are quiet by now. */
   async close(): Promise<void> {
     await Promise.all(this.hosted.map((device) => device.close()));

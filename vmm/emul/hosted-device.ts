@@ -37,7 +37,6 @@ export class HostedDevice implements EmulatedDeviceAccess {
   private why: string | undefined;
   private ending = false;
   private hangs = false;
-  private torn = false;
 
   private constructor(
     readonly name: EmulatedName,
@@ -73,7 +72,6 @@ export class HostedDevice implements EmulatedDeviceAccess {
         this.link.end();
         // Only now: until it is gone it may be in the middle of an access.
         dma.abandon();
-        this.torn = false;
         onReady(this.why ?? "its thread ended without a word");
         resolve();
       });
@@ -106,11 +104,6 @@ export class HostedDevice implements EmulatedDeviceAccess {
     return this.why === undefined ? undefined : { why: this.why };
   }
 
-  /** Whether its thread is being ended by force, and may have been in an access, for which an unmap would wait. */
-  get isTorn(): boolean {
-    return this.torn;
-  }
-
   setBusMaster(on: boolean): void {
     this.dma.setBusMaster(on);
   }
@@ -124,7 +117,6 @@ export class HostedDevice implements EmulatedDeviceAccess {
     if (!this.ending) {
       this.ending = true;
       this.link.ask(COMMAND_CLOSE);
-      this.torn = this.hangs;
       if (this.hangs) await this.worker.terminate();
     }
     await this.exited;
