@@ -221,8 +221,8 @@ export class CachedDomain implements Domain {
   }
 
   /** Up to EVICTIONS_MAX granules at a time, the least used first. */
-  reclaim(): number {
-    this.#allowLooks(0);
+  reclaim(again: boolean): number {
+    if (!again) this.#allowLooks(0);
     let given = 0;
     while (given < EVICTIONS_MAX && this.#evict()) given++;
     return given;

@@ -66,9 +66,9 @@ export interface Domain {
 
   /**
    * Gives back some of what no driver has mapped any more; returns the mappings that went. There may be more as long as
-   * it is any.
+   * it is any: `again` goes on with what the last call began.
    */
-  reclaim(): number;
+  reclaim(again: boolean): number;
 
   /** Pages mapped for a device, or for all with handle 0; stuck ones count. */
   mappedPages(handle: number): number;

@@ -615,10 +615,10 @@ export class Engine {
     // The last page that lies wholly below the limit.
     const lastPage = Math.floor((Math.min(lastIova, reach) + 1) / PAGE_BYTES) - 1;
     let result = this.#tryMap(handle, lastPage, flags);
-    // One more try where it can end otherwise: something was given back, or the host itself says "again".
+    // One more try where it can end otherwise: there is room now, or the host itself says "again".
     if (
       statusClassOf(result) === STATUS.limit &&
-      (this.#reclaim(this.#domainOf[handle]!, result) > 0 || result === LIMIT_EAGAIN)
+      (this.#makeRoom(this.#domainOf[handle]!, result) || result === LIMIT_EAGAIN)
     ) {
       result = this.#tryMap(handle, lastPage, flags);
     }
@@ -642,45 +642,57 @@ export class Engine {
    * Gives back what can be, for a map in the domain `asking` that met a limit: in all domains, since the VM's quota and locked
    * memory are common to them. But what is cached goes only for these two, no more of it than the map may need, and not for
    * its own domain, which has done that. One domain's lock at a time, for some mappings at a time, and none is held by the
-   * caller. Returns the mappings that went.
+   * caller. Returns whether there may be room now: also when others have made it meanwhile.
    */
-  #reclaim(asking: number, limit: number): number {
+  #makeRoom(asking: number, limit: number): boolean {
     const errno = statusErrnoOf(limit);
     const { quotaBytes, domains } = this.#state.config;
-    // Each page may take a granule, and none may be pinned already.
-    const granulePages = (domains[asking]!.cached?.granuleBytes ?? PAGE_BYTES) / PAGE_BYTES;
-    const most = this.#runs.pages * granulePages;
+    const most = this.#mostPinned((domains[asking]!.cached?.granuleBytes ?? PAGE_BYTES) / PAGE_BYTES);
     // With this many pinned the map has room: under the quota, or where the host's limit was met.
     let enough = Number.POSITIVE_INFINITY;
-    if (errno === ERRNO.EDQUOT && quotaBytes > 0) enough = Math.floor(quotaBytes / PAGE_BYTES) - most;
+    const isQuota = errno === ERRNO.EDQUOT && quotaBytes > 0;
+    if (isQuota) enough = Math.floor(quotaBytes / PAGE_BYTES) - most;
     else if (errno === ERRNO.ENOMEM) enough = this.#pins.pinnedPages - most;
     let given = 0;
     for (let index = 0; index < this.#domains.length; index++) {
       const domain = this.#domains[index]!;
+      if (!domain.reclaimable) continue;
       if (!(domain instanceof CachedDomain)) {
-        if (domain.reclaimable) given += this.#reclaimSome(index);
+        given += this.#reclaim(index, false);
         continue;
       }
       if (index === asking) continue;
       // Others may map as fast as this gives back: not longer than it takes once.
-      for (let left = domain.entriesUsed; left > 0 && this.#pins.pinnedPages > enough; ) {
-        const some = this.#reclaimSome(index);
+      for (let left = domain.entriesUsed, again = false; left > 0 && this.#pins.pinnedPages > enough; ) {
+        const some = this.#reclaim(index, again);
         if (some === 0) break;
         given += some;
         left -= some;
+        again = true;
       }
     }
-    return given;
+    return given > 0 || (isQuota && this.#pins.pinnedPages <= enough);
   }
 
-  #reclaimSome(index: number): number {
+  #reclaim(index: number, again: boolean): number {
     const lock = this.#locks[index]!;
     lock.acquire();
     try {
-      return this.#domains[index]!.reclaim();
+      return this.#domains[index]!.reclaim(again);
     } finally {
       lock.release();
     }
+  }
+
+  /** Pages that the runs pin at the most, in granules of so many pages: none of them is pinned already. */
+  #mostPinned(granulePages: number): number {
+    const runs = this.#runs;
+    let granules = 0;
+    for (let run = 0; run < runs.count; run++) {
+      // Two pages more than a granule holds may lie in three of them.
+      granules += Math.ceil((runs.runPages[run]! - 1) / granulePages) + 1;
+    }
+    return granules * granulePages;
   }
 
   /** Lets the rules decide about a call of `this.handle`; holds no lock. Returns the status of a failure, or ok. */

@@ -90,8 +90,8 @@ export class SoftDmaPort implements DmaPort {
     segments: number,
     move: (vectors: number, count: number) => number,
   ): number {
+    if (this.#vectorsAddress === 0) return REFUSED;
     const lane = this.#lane;
-    if (this.#vectorsAddress === 0 || !lane.isBusMaster()) return REFUSED;
     lane.enter();
     try {
       if (!this.#begin()) return REFUSED;
@@ -115,13 +115,11 @@ export class SoftDmaPort implements DmaPort {
     if (bytes === 0) return DMA_FAULT.none;
     const lane = this.#lane;
     let fault: DmaFault = DMA_FAULT.noBusMaster;
-    if (lane.isBusMaster()) {
-      lane.enter();
-      try {
-        if (this.#begin()) fault = this.#pieces(iova, buffer, at, bytes, access);
-      } finally {
-        lane.leave();
-      }
+    lane.enter();
+    try {
+      if (this.#begin()) fault = this.#pieces(iova, buffer, at, bytes, access);
+    } finally {
+      lane.leave();
     }
     if (fault === DMA_FAULT.noBusMaster) this.#faults.countNoBusMaster();
     else if (fault !== DMA_FAULT.none) {

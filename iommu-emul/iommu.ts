@@ -145,7 +145,7 @@ export class SoftIommu implements DmaBackend {
   /**
    * The device's thread has ended, whatever it was doing: nobody waits for it any more, and it is no bus master. Only
    * when it is really gone (after the Worker's event `exit`). Until then unmaps wait for an access that it was torn
-   * out of, for ever on the thread that gets the event: turn bus mastering off before terminate(), and there is none.
+   * out of, for ever on the thread that gets the event: turn bus mastering off before terminate(), and none does.
    */
   markDead(lane: number): void {
     this.#lanes.markDead(lane);

@@ -17,9 +17,13 @@
 // begins after U2 may be waited for as well, but only the one that U3 met: the section is a number that counts up.
 //
 // The same holds for a table of the page table that an unmap left empty, which is used again after U3 only, and for
-// bus mastering with "flag := 0" for U1 and U2 and its reading for D2. A device that is no bus master does not even get
-// to D1: it looks at the flag before. So a thread that does not answer can be ended by force once bus mastering is off
-// (`terminate()` of a Worker stops it anywhere), and leaves no odd section behind for which others would wait.
+// bus mastering with "flag := 0" for U1 and U2 and its reading for D2.
+//
+// Once a device's bus mastering is off and its section was even, or has changed, it is quiet: U3 passes it by. It may make
+// its section odd all the same, but finds the flag at D2 and touches nothing. So its thread can be ended by force
+// (`terminate()` of a Worker stops it anywhere), and nobody waits for what it leaves behind. Bus mastering is turned on in
+// the order "quiet := 0, flag := 1": a U3 that passes the lane by is before both, and a D2 that finds the flag set is after
+// them, so it reads that unmap's generation.
 //
 // The ring of invalidations needs no more care: a second unmap posts after the first has waited for the access (the
 // lock), so while an access is at D2 at most one range is being written, and that is slot g + 1 of the ring, which
@@ -65,7 +69,10 @@ export class Lanes {
 
   /** U3, for every device of the domain. */
   waitForAll(): void {
-    for (let lane = 0; lane < this.#header[HEADER.lanes]!; lane++) this.waitFor(lane);
+    for (let lane = 0; lane < this.#header[HEADER.lanes]!; lane++) {
+      const flags = Atomics.load(this.#words, lane * LANE_WORDS + LANE.flags);
+      if ((flags & FLAG.quiet) === 0) this.waitFor(lane);
+    }
   }
 
   /** U3: returns when the access that this lane has under way, if any, has ended. */
@@ -82,13 +89,16 @@ export class Lanes {
     Atomics.sub(words, lane * LANE_WORDS + LANE.waiters, 1);
   }
 
-  /** Off: returns when the access that this lane has under way, if any, has ended. */
+  /** Off: returns when the access that this lane has under way, if any, has ended. One thread at a time. */
   setBusMaster(lane: number, on: boolean): void {
     const at = lane * LANE_WORDS + LANE.flags;
-    if (on) Atomics.or(this.#words, at, FLAG.busMaster);
-    else {
+    if (on) {
+      Atomics.and(this.#words, at, ~FLAG.quiet);
+      Atomics.or(this.#words, at, FLAG.busMaster);
+    } else {
       Atomics.and(this.#words, at, ~FLAG.busMaster);
       this.waitFor(lane);
+      Atomics.or(this.#words, at, FLAG.quiet);
     }
   }
 
@@ -121,11 +131,6 @@ export class OwnLane {
     if ((this.#value & 1) !== 0) {
       throw new Error(`software IOMMU: lane ${lane} has an access under way; is its thread marked dead?`);
     }
-  }
-
-  /** A look before D1; what it says may change at any time, and counts between enter and leave only. */
-  isBusMaster(): boolean {
-    return (Atomics.load(this.#words, this.#flags) & FLAG.busMaster) !== 0;
   }
 
   /** D1. `leave` follows, whatever happens. */

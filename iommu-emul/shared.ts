@@ -57,7 +57,8 @@ export const LANE = {
   faultTail: 4,
 } as const;
 export const LANE_WORDS = 16;
-export const FLAG = { busMaster: 1, flush: 2 } as const;
+/** quiet: it has been no bus master for so long that no access of its is under way, whatever its section says. */
+export const FLAG = { busMaster: 1, flush: 2, quiet: 4 } as const;
 
 /** Doubles of a lane that only its device writes. */
 export const LANE_COUNT = { faults: 0, lost: 1, noBusMaster: 2 } as const;

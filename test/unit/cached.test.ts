@@ -370,6 +370,16 @@ calls("a strict device's map takes as much from a cached one as it needs, sixtee
   for (const page of [62, 63]) assert.ok(reaches(cached, HIGH_PAGE + page), "what is in use stays");
 });
 
+calls("and for want of memory that can be locked, which all share", () => {
+  const { guest, engine, strict } = makeCached({ granulePages: 1 });
+  guest.map(HIGH_PAGE, 64);
+  guest.unmap(HIGH_PAGE, 64);
+  let faults = 1;
+  strict.mapFault = () => (faults-- > 0 ? { errno: ERRNO.ENOMEM } : undefined);
+  assert.equal(engine.map(3, 0, 40 * PAGE, ANY, RW), 0);
+  assert.equal(stat(engine, "dma/evicted"), 48);
+});
+
 calls("so does another cached domain, for which each page of a list takes a granule", () => {
   const options = { granulePages: 2, quotaBytes: 100 * PAGE, third: "cached" } as const;
   const { guest, engine, otherEntries } = makeCached(options);

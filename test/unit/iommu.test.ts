@@ -554,17 +554,34 @@ waiting("an unmap waits for what is moved in place", async () => {
   await exited;
 });
 
-waiting("a device that is no bus master has no access under way, however often it tries", () => {
-  const { iommu, shared, port, map } = setUp();
-  map(AT, 0, PAGE);
-  const { lanes } = new Shared(shared);
-  const section = () => Atomics.load(lanes, LANE.section);
-  assert.equal(port.write(AT, Buffer.alloc(8), 0, 8), DMA_FAULT.none);
-  iommu.setBusMaster(0, false);
-  const before = section();
-  assert.equal(port.write(AT, Buffer.alloc(8), 0, 8), DMA_FAULT.noBusMaster);
-  assert.equal(section(), before);
-});
+waiting(
+  "nobody waits for a device that is no bus master, wherever its thread was stopped, until it is one again",
+  async () => {
+    const { iommu, shared, map } = setUp();
+    map(AT, 0, PAGE);
+    iommu.setBusMaster(0, false);
+    const views = new Shared(shared);
+    const lane = new OwnLane(views, 0);
+    lane.enter();
+    const unmapping = async (): Promise<unknown> => {
+      const worker = unmapper(shared, "unmap");
+      const waited = somebodyWaits(views, 0).then(() => "waits");
+      const result = await Promise.race([once(worker, "message").then(([value]) => value), waited]);
+      if (result === "waits") {
+        const exited = once(worker, "exit");
+        lane.leave();
+        await exited;
+      } else Atomics.store(views.lanes, LANE.waiters, 1);
+      await waited;
+      Atomics.store(views.lanes, LANE.waiters, 0);
+      return result;
+    };
+    assert.equal(await unmapping(), PAGE);
+    iommu.setBusMaster(0, true);
+    map(AT, 0, PAGE);
+    assert.equal(await unmapping(), "waits");
+  },
+);
 
 waiting("an access of another device, or a later one, holds nobody up", () => {
   const { shared, map, unmap } = setUp(64 * PAGE, { lanes: 1 });

@@ -117,7 +117,8 @@ export class HostedDevice implements EmulatedDeviceAccess {
     if (!this.ending) {
       this.ending = true;
       this.link.ask(COMMAND_CLOSE);
-      if (this.hangs) await this.worker.terminate();
+      // Also when nobody has polled since a vCPU gave it up.
+      if (this.hangs || this.link.hangs) await this.worker.terminate();
     }
     await this.exited;
   }
