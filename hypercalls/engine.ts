@@ -640,9 +640,9 @@ export class Engine {
 
   /**
    * Gives back what can be, for a map in the domain `asking` that met a limit: in all domains, since the VM's quota and locked
-   * memory are common to them. But what is cached goes only for these two, no more of it than the map may need, and not for
+   * memory are common to them. But what is cached goes only for these two, about as much of it as the map may need, and not for
    * its own domain, which has done that. One domain's lock at a time, for some mappings at a time, and none is held by the
-   * caller. Returns whether there may be room now: also when others have made it meanwhile.
+   * caller. Returns whether there may be room now: under the quota also when others have made it meanwhile.
    */
   #makeRoom(asking: number, limit: number): boolean {
     const errno = statusErrnoOf(limit);
@@ -651,7 +651,8 @@ export class Engine {
     // With this many pinned the map has room: under the quota, or where the host's limit was met.
     let enough = Number.POSITIVE_INFINITY;
     const isQuota = errno === ERRNO.EDQUOT && quotaBytes > 0;
-    if (isQuota) enough = Math.floor(quotaBytes / PAGE_BYTES) - most;
+    const quotaPages = Math.floor(quotaBytes / PAGE_BYTES);
+    if (isQuota) enough = quotaPages - most;
     else if (errno === ERRNO.ENOMEM) enough = this.#pins.pinnedPages - most;
     let given = 0;
     for (let index = 0; index < this.#domains.length; index++) {
@@ -671,7 +672,7 @@ export class Engine {
         again = true;
       }
     }
-    return given > 0 || (isQuota && this.#pins.pinnedPages <= enough);
+    return given > 0 || (isQuota && this.#pins.pinnedPages < quotaPages);
   }
 
   #reclaim(index: number, again: boolean): number {

@@ -136,7 +136,7 @@ export class SoftIommu implements DmaBackend {
 
   /**
    * Lets a device do DMA, or no more: what its command register says. Off, as all begin: when it returns, no access of
-   * the device is under way. Any thread but the device's.
+   * the device is under way. One thread at a time, and not the device's.
    */
   setBusMaster(lane: number, on: boolean): void {
     this.#lanes.setBusMaster(lane, on);
@@ -145,7 +145,8 @@ export class SoftIommu implements DmaBackend {
   /**
    * The device's thread has ended, whatever it was doing: nobody waits for it any more, and it is no bus master. Only
    * when it is really gone (after the Worker's event `exit`). Until then unmaps wait for an access that it was torn
-   * out of, for ever on the thread that gets the event: turn bus mastering off before terminate(), and none does.
+   * out of, for ever on the thread that gets the event: turn bus mastering off before terminate(), and none does that begins
+   * after that.
    */
   markDead(lane: number): void {
     this.#lanes.markDead(lane);

@@ -21,7 +21,7 @@
 //
 // Once a device's bus mastering is off and its section was even, or has changed, it is quiet: U3 passes it by. It may make
 // its section odd all the same, but finds the flag at D2 and touches nothing. So its thread can be ended by force
-// (`terminate()` of a Worker stops it anywhere), and nobody waits for what it leaves behind. Bus mastering is turned on in
+// (`terminate()` of a Worker stops it anywhere), and no unmap that begins after that waits for what it leaves behind. Bus mastering is turned on in
 // the order "quiet := 0, flag := 1": a U3 that passes the lane by is before both, and a D2 that finds the flag set is after
 // them, so it reads that unmap's generation.
 //
@@ -95,7 +95,7 @@ export class Lanes {
     if (on) {
       Atomics.and(this.#words, at, ~FLAG.quiet);
       Atomics.or(this.#words, at, FLAG.busMaster);
-    } else {
+    } else if ((Atomics.load(this.#words, at) & FLAG.quiet) === 0) {
       Atomics.and(this.#words, at, ~FLAG.busMaster);
       this.waitFor(lane);
       Atomics.or(this.#words, at, FLAG.quiet);

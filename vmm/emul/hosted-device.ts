@@ -1,6 +1,7 @@
 // An emulated device as the main thread has it: its Worker, and what the PCI code and the watch over devices ask of it.
 // The registers are the vCPUs' threads' business (link.ts).
 
+import { setTimeout as sleep } from "node:timers/promises";
 import { Worker } from "node:worker_threads";
 import type { PciDescription } from "../../iommu-emul/device.js";
 import type { EmulatedName } from "../device-name.js";
@@ -29,6 +30,9 @@ export interface DmaSwitch {
   abandon(): void;
 }
 
+/** How long the end waits for a thread that has not answered a register's read for as long. */
+const GRACE_MS = 10_000;
+
 export class HostedDevice implements EmulatedDeviceAccess {
   readonly interrupts: IrqSource;
   private readonly link: LinkControl;
@@ -37,6 +41,7 @@ export class HostedDevice implements EmulatedDeviceAccess {
   private why: string | undefined;
   private ending = false;
   private hangs = false;
+  private gone = false;
 
   private constructor(
     readonly name: EmulatedName,
@@ -44,7 +49,7 @@ export class HostedDevice implements EmulatedDeviceAccess {
     readonly description: PciDescription,
     job: DeviceJob,
     private readonly dma: DmaSwitch,
-    warn: (line: string) => void,
+    private readonly warn: (line: string) => void,
     onReady: (failure: string | undefined) => void,
   ) {
     this.link = new LinkControl(job.link);
@@ -71,6 +76,7 @@ export class HostedDevice implements EmulatedDeviceAccess {
         if (!this.ending) this.fail("its thread ended without a word");
         this.link.end();
         // Only now: until it is gone it may be in the middle of an access.
+        this.gone = true;
         dma.abandon();
         onReady(this.why ?? "its thread ended without a word");
         resolve();
@@ -117,10 +123,18 @@ export class HostedDevice implements EmulatedDeviceAccess {
     if (!this.ending) {
       this.ending = true;
       this.link.ask(COMMAND_CLOSE);
-      // Also when nobody has polled since a vCPU gave it up.
-      if (this.hangs || this.link.hangs) await this.worker.terminate();
+      if (!this.hangs && this.link.hangs) await this.awaitGivenUp();
+      if (this.hangs) await this.worker.terminate();
     }
     await this.exited;
+  }
+
+  /** A vCPU gave it up and nobody has polled since: it may have been slow, and be storing what it was given. */
+  private async awaitGivenUp(): Promise<void> {
+    await Promise.race([this.exited, sleep(GRACE_MS, undefined, { ref: false })]);
+    if (this.gone) return;
+    this.warn(`${this.name}: its thread does not answer: what it was given may not be stored`);
+    this.hang();
   }
 
   private hang(): void {
