@@ -21,9 +21,9 @@
 //
 // Once a device's bus mastering is off and its section was even, or has changed, it is quiet: U3 passes it by. It may make
 // its section odd all the same, but finds the flag at D2 and touches nothing. So its thread can be ended by force
-// (`terminate()` of a Worker stops it anywhere), and no unmap that begins after that waits for what it leaves behind. Bus mastering is turned on in
-// the order "quiet := 0, flag := 1": a U3 that passes the lane by is before both, and a D2 that finds the flag set is after
-// them, so it reads that unmap's generation.
+// (`terminate()` of a Worker stops it anywhere), and no unmap that begins after that waits for what it leaves behind. Bus
+// mastering is turned on in the order "quiet := 0, flag := 1": a U3 that passes the lane by is before both, and a D2 that
+// finds the flag set is after them, so it reads that unmap's generation.
 //
 // The ring of invalidations needs no more care: a second unmap posts after the first has waited for the access (the
 // lock), so while an access is at D2 at most one range is being written, and that is slot g + 1 of the ring, which

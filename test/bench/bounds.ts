@@ -161,7 +161,7 @@ try {
       { name: "64 pages mapped as one, and one unmap", bars: bars("list") },
     ],
   };
-  present({ sections: [...here, inLab(section)] });
+  present({ sections: [...here, ...inLab([section])] });
 } finally {
   await host.close();
   files.remove();

@@ -204,7 +204,7 @@ try {
       rows: [rows("iops")],
     },
   ];
-  present({ sections: sections.map(inLab) });
+  present({ sections: inLab(sections) });
 } finally {
   await host.close();
   files.remove();

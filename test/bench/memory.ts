@@ -353,7 +353,7 @@ try {
   const all = await policyPinned();
   const { about } = memory;
   const sections = [{ ...memory, about: `${about} ${all}` }, ...granules, ...starts, cpus];
-  present({ sections: sections.map(inLab) });
+  present({ sections: inLab(sections) });
 } finally {
   await host.close();
   files.remove();

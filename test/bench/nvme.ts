@@ -103,7 +103,7 @@ try {
       })),
     },
   ];
-  present({ sections: sections.map(inLab) });
+  present({ sections: inLab(sections) });
 } finally {
   await host.close();
 }

@@ -9,11 +9,11 @@ export interface Measured {
   readonly sections: readonly Section[];
 }
 
-/** A section whose figures are of the lab: they depend on its hardware, too, which is QEMU's. */
-export function inLab(section: Section): Section {
+/** Sections whose figures are of the lab: they depend on its hardware, too, which is QEMU's. */
+export function inLab(sections: readonly Section[]): Section[] {
   const version = execFileSync("qemu-system-x86_64", ["--version"], { encoding: "utf8" });
-  const qemu = /version ([\d.]+)/.exec(version)![1]!;
-  return { ...section, measured: { QEMU: qemu } };
+  const measured = { QEMU: /version ([\d.]+)/.exec(version)![1]! };
+  return sections.map((section) => ({ ...section, measured }));
 }
 
 /** Progress, for whoever waits. */

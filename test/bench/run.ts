@@ -76,8 +76,8 @@ const here = {
 for (const [index, name] of names.entries()) {
   console.error(`[${index + 1}/${names.length}] ${name}: ${BENCHMARKS[name]}`);
   const measured = await run(name);
-  for (const section of measured.sections) console.log(sectionText(section));
   for (const section of measured.sections) {
+    console.log(sectionText(section));
     sections.push({ ...section, measured: { ...here, ...section.measured } });
   }
 }

@@ -41,7 +41,6 @@ export class HostedDevice implements EmulatedDeviceAccess {
   private why: string | undefined;
   private ending = false;
   private hangs = false;
-  private gone = false;
 
   private constructor(
     readonly name: EmulatedName,
@@ -76,7 +75,6 @@ export class HostedDevice implements EmulatedDeviceAccess {
         if (!this.ending) this.fail("its thread ended without a word");
         this.link.end();
         // Only now: until it is gone it may be in the middle of an access.
-        this.gone = true;
         dma.abandon();
         onReady(this.why ?? "its thread ended without a word");
         resolve();
@@ -131,8 +129,8 @@ export class HostedDevice implements EmulatedDeviceAccess {
 
   /** A vCPU gave it up and nobody has polled since: it may have been slow, and be storing what it was given. */
   private async awaitGivenUp(): Promise<void> {
-    await Promise.race([this.exited, sleep(GRACE_MS, undefined, { ref: false })]);
-    if (this.gone) return;
+    const ended = this.exited.then(() => true);
+    if (await Promise.race([ended, sleep(GRACE_MS, false, { ref: false })])) return;
     this.warn(`${this.name}: its thread does not answer: what it was given may not be stored`);
     this.hang();
   }
