@@ -23,6 +23,10 @@ void pvdma_lazy_start(struct pvdma_lazy *lazy)
 	for (i = 1; i < PVDMA_LAZY_RECORDS; i++)
 		lazy->records[i].iova_next = (i + 1) % PVDMA_LAZY_RECORDS;
 	lazy->free = 1;
+	for (i = 1; i < PVDMA_LAZY_PIECES; i++)
+		lazy->piece_next[i] = (i + 1) % PVDMA_LAZY_PIECES;
+	lazy->free_piece = 1;
+	lazy->free_pieces = PVDMA_LAZY_PIECES - 1;
 	lazy->idle = 0;
 	lazy->oldest = 0;
 	lazy->newest = 0;
@@ -34,7 +38,7 @@ static void not_idle(struct pvdma_lazy *lazy, u16 at)
 	struct pvdma_record *record = &lazy->records[at];
 	u16 *link;
 
-	if (record->gpa != PVDMA_LAZY_LIST) {
+	if (record->gpa != PVDMA_LAZY_UNKNOWN) {
 		for (link = &lazy->by_gpa[bucket(record->gpa)]; *link != at;)
 			link = &lazy->records[*link].gpa_next;
 		*link = record->gpa_next;
@@ -62,6 +66,11 @@ static void forget(struct pvdma_lazy *lazy, u16 at)
 	*link = record->iova_next;
 	record->iova_next = lazy->free;
 	lazy->free = at;
+	if (record->pieces) {
+		lazy->piece_next[record->last_piece] = lazy->free_piece;
+		lazy->free_piece = record->first_piece;
+		lazy->free_pieces += record->pieces;
+	}
 }
 
 /* No two mappings have a page of bus addresses in common. */
@@ -74,7 +83,8 @@ static u16 find(const struct pvdma_lazy *lazy, u64 iova)
 	return at;
 }
 
-void pvdma_lazy_made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64 iova)
+/* A record of a mapping that was made, without a list's entries; 0: no room. */
+static u16 made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64 iova)
 {
 	/* an iova is one mapping's until the host has unmapped it: so the host has */
 	u16 gone = find(lazy, iova);
@@ -88,7 +98,7 @@ void pvdma_lazy_made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64
 		forget(lazy, gone);
 	at = lazy->free;
 	if (!at)
-		return;
+		return 0;
 	record = &lazy->records[at];
 	lazy->free = record->iova_next;
 	record->gpa = gpa;
@@ -96,12 +106,59 @@ void pvdma_lazy_made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64
 	record->bytes = bytes;
 	record->flags = flags;
 	record->idle = false;
+	record->pieces = 0;
 	record->iova_next = *head;
 	*head = at;
+	return at;
 }
 
-bool pvdma_lazy_reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags,
-		      u64 iova_max, u64 *iova)
+void pvdma_lazy_made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64 iova)
+{
+	made(lazy, gpa, bytes, flags, iova);
+}
+
+void pvdma_lazy_made_list(struct pvdma_lazy *lazy, const struct pvdma_list *list,
+			  u32 flags, u64 iova)
+{
+	u16 at = made(lazy, PVDMA_LAZY_UNKNOWN, list->pages << PVDMA_PAGE_SHIFT, flags, iova);
+	struct pvdma_record *record = &lazy->records[at];
+	u16 piece;
+	u32 i;
+
+	if (!at || list->count > lazy->free_pieces)
+		return;
+	piece = lazy->free_piece;
+	record->gpa = list->entries[0].address;
+	record->pieces = list->count;
+	record->first_piece = piece;
+	for (i = 0; i < list->count; i++) {
+		lazy->pieces[piece] = list->entries[i];
+		record->last_piece = piece;
+		piece = lazy->piece_next[piece];
+	}
+	lazy->free_piece = piece;
+	lazy->free_pieces -= list->count;
+}
+
+static bool has_entries(const struct pvdma_lazy *lazy, const struct pvdma_record *record,
+			const struct pvdma_list *list)
+{
+	u16 piece = record->first_piece;
+	u32 i;
+
+	if (record->pieces != list->count)
+		return false;
+	for (i = 0; i < list->count; i++, piece = lazy->piece_next[piece]) {
+		if (lazy->pieces[piece].address != list->entries[i].address ||
+		    lazy->pieces[piece].bytes != list->entries[i].bytes)
+			return false;
+	}
+	return true;
+}
+
+/* A buffer is a list of no entries here. */
+static bool reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes,
+		  const struct pvdma_list *list, u32 flags, u64 iova_max, u64 *iova)
 {
 	u16 at;
 
@@ -110,13 +167,29 @@ bool pvdma_lazy_reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags,
 
 		if (record->gpa != gpa || record->bytes != bytes ||
 		    record->flags != flags || record->iova > iova_max ||
-		    bytes - 1 > iova_max - record->iova)
+		    bytes - 1 > iova_max - record->iova ||
+		    !has_entries(lazy, record, list))
 			continue;
 		*iova = record->iova;
 		not_idle(lazy, at);
 		return true;
 	}
 	return false;
+}
+
+bool pvdma_lazy_reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags,
+		      u64 iova_max, u64 *iova)
+{
+	const struct pvdma_list none = { .count = 0 };
+
+	return reuse(lazy, gpa, bytes, &none, flags, iova_max, iova);
+}
+
+bool pvdma_lazy_reuse_list(struct pvdma_lazy *lazy, const struct pvdma_list *list,
+			   u32 flags, u64 iova_max, u64 *iova)
+{
+	return reuse(lazy, list->entries[0].address, list->pages << PVDMA_PAGE_SHIFT, list,
+		     flags, iova_max, iova);
 }
 
 enum pvdma_idled pvdma_lazy_idle(struct pvdma_lazy *lazy, u64 iova, u64 bytes, u64 now)
@@ -132,7 +205,7 @@ enum pvdma_idled pvdma_lazy_idle(struct pvdma_lazy *lazy, u64 iova, u64 bytes, u
 	if (pvdma_pages(record->iova, record->bytes) != pvdma_pages(iova, bytes))
 		return PVDMA_NOT_KNOWN;
 
-	if (record->gpa != PVDMA_LAZY_LIST) {
+	if (record->gpa != PVDMA_LAZY_UNKNOWN) {
 		head = &lazy->by_gpa[bucket(record->gpa)];
 		record->gpa_next = *head;
 		*head = at;

@@ -19,29 +19,41 @@
 #define PVDMA_LAZY_RECORDS	4096u
 #define PVDMA_LAZY_BUCKETS	4096u
 
-/* In place of a gpa: a range for a list, which is not looked for again. */
-#define PVDMA_LAZY_LIST		(~0ull)
+/*
+ * Entries of lists that are remembered, and one: as many idle lists of 64 as there may
+ * be idle mappings. A list for which there is no room is not looked for again.
+ */
+#define PVDMA_LAZY_PIECES	16384u
 
-/* Records are named by their place in the array; the place 0 is nobody's. */
+/* In place of a gpa: a list whose entries are not remembered. */
+#define PVDMA_LAZY_UNKNOWN	(~0ull)
+
+/* Records and pieces are named by their place in the array; the place 0 is nobody's. */
 struct pvdma_record {
-	u64 gpa;		/* of the first byte, or PVDMA_LAZY_LIST */
-	u64 iova;		/* of the first byte */
-	u64 bytes;
+	u64 gpa;		/* of the first byte, or PVDMA_LAZY_UNKNOWN */
+	u64 iova;		/* of the first byte; a list: of the first page */
+	u64 bytes;		/* a list: of its pages */
 	u64 since;		/* idle since, in the caller's clock */
 	u32 flags;		/* PVDMA_MAP_* */
 	bool idle;
+	u16 pieces;		/* a list's entries, in order; 0: no list, or unknown */
+	u16 first_piece, last_piece;
 	u16 iova_next;		/* in its bucket by iova; in the list of free ones */
-	u16 gpa_next;		/* in its bucket by gpa, if idle and no list */
+	u16 gpa_next;		/* in its bucket by gpa, if idle and not unknown */
 	u16 older, newer;	/* of the idle ones */
 };
 
 struct pvdma_lazy {
 	u32 idle;		/* records that are */
+	u32 free_pieces;	/* how many */
 	u16 free;
+	u16 free_piece;
 	u16 oldest, newest;	/* of the idle ones */
 	u16 by_iova[PVDMA_LAZY_BUCKETS];
 	u16 by_gpa[PVDMA_LAZY_BUCKETS];
 	struct pvdma_record records[PVDMA_LAZY_RECORDS];
+	struct pvdma_entry pieces[PVDMA_LAZY_PIECES];
+	u16 piece_next[PVDMA_LAZY_PIECES];	/* of the same list; of the free ones */
 };
 
 /* What became of a mapping that its driver no longer needs. */
@@ -56,11 +68,20 @@ void pvdma_lazy_start(struct pvdma_lazy *lazy);
 
 /**
  * pvdma_lazy_made() - remember a mapping that was made
- * @gpa: PVDMA_LAZY_LIST for a list
  *
  * Without room for it nothing happens: it will not be known.
  */
 void pvdma_lazy_made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64 iova);
+
+/**
+ * pvdma_lazy_made_list() - remember a list that was mapped
+ * @list: its entries, in the call page
+ * @iova: first page of its range
+ *
+ * As pvdma_lazy_made(); without room for its entries it will be known, and not found.
+ */
+void pvdma_lazy_made_list(struct pvdma_lazy *lazy, const struct pvdma_list *list,
+			  u32 flags, u64 iova);
 
 /**
  * pvdma_lazy_reuse() - look for an idle mapping of the same bytes and flags
@@ -71,6 +92,10 @@ void pvdma_lazy_made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64
  */
 bool pvdma_lazy_reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags,
 		      u64 iova_max, u64 *iova);
+
+/** pvdma_lazy_reuse_list() - look for an idle list of the same entries in the same order */
+bool pvdma_lazy_reuse_list(struct pvdma_lazy *lazy, const struct pvdma_list *list,
+			   u32 flags, u64 iova_max, u64 *iova);
 
 /**
  * pvdma_lazy_idle() - the driver unmaps

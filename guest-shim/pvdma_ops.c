@@ -385,6 +385,28 @@ static void pvdma_remember(struct pvdma_device *p, u64 phys, u64 bytes, u32 flag
 	raw_spin_unlock_irqrestore(&p->lazy_lock, irq);
 }
 
+/* The same for what the call page lists. Interrupts are off. */
+static bool pvdma_reuse_list(struct pvdma_device *p, const struct pvdma_list *list,
+			     u64 iova_max, u32 flags, u64 *base)
+{
+	bool found;
+
+	raw_spin_lock(&p->lazy_lock);
+	found = pvdma_lazy_reuse_list(p->lazy, list, flags, iova_max, base);
+	raw_spin_unlock(&p->lazy_lock);
+	if (found)
+		this_cpu_inc(p->counters->reused);
+	return found;
+}
+
+static void pvdma_remember_list(struct pvdma_device *p, const struct pvdma_list *list,
+				u32 flags, u64 base)
+{
+	raw_spin_lock(&p->lazy_lock);
+	pvdma_lazy_made_list(p->lazy, list, flags, base);
+	raw_spin_unlock(&p->lazy_lock);
+}
+
 /* The driver needs a mapping no longer: false when it has to be unmapped at once. */
 static bool pvdma_let_idle(struct pvdma_device *p, u64 iova, u64 bytes)
 {
@@ -552,6 +574,22 @@ static int pvdma_fill(struct pvdma_list *list, struct scatterlist **sg, int left
 	return n;
 }
 
+/* Maps what the call page lists, which has entries. Interrupts are off. */
+static u32 pvdma_make_list(struct pvdma_device *p, const struct pvdma_list *list,
+			   u64 iova_max, u32 flags, u64 *base)
+{
+	u32 status;
+
+	/* a device that is gone has nothing mapped, whatever the books say */
+	if (p->lazy && !READ_ONCE(p->lost) && pvdma_reuse_list(p, list, iova_max, flags, base))
+		return PVDMA_STATUS_OK;
+	status = pvdma_map_list(&pvdma_host, this_cpu_ptr(p->counters), p->handle, list,
+				__pa(list->entries), iova_max, flags, base);
+	if (p->lazy && !PVDMA_STATUS_CLASS(status))
+		pvdma_remember_list(p, list, flags, *base);
+	return status;
+}
+
 /*
  * Maps the next range of a scatterlist: *sg moves past its entries, *base is its
  * first address. Returns the number of entries or a negative errno.
@@ -574,9 +612,7 @@ static int pvdma_map_range(struct pvdma_device *p, struct device *dev,
 		pvdma_start(&list, this_cpu_read(pvdma_call_page), p, dev);
 		n = pvdma_fill(&list, sg, left);
 		if (likely(list.count))
-			status = pvdma_map_list(&pvdma_host, this_cpu_ptr(p->counters),
-						p->handle, &list, __pa(list.entries),
-						iova_max, flags, base);
+			status = pvdma_make_list(p, &list, iova_max, flags, base);
 		local_irq_restore(irq);
 	} while (pvdma_worth_another(p, status, &again));
 
@@ -586,8 +622,6 @@ static int pvdma_map_range(struct pvdma_device *p, struct device *dev,
 		pvdma_tell_map(p, list.bytes, below, iova_max, status, attrs);
 		return pvdma_errno(status);
 	}
-	if (p->lazy)
-		pvdma_remember(p, PVDMA_LAZY_LIST, list.pages << PAGE_SHIFT, flags, *base);
 	return n;
 }
 

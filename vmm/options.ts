@@ -129,7 +129,7 @@ ${modelsHelp()}
                                   of RAM
                          lazy     the pages that the guest's drivers have mapped, and for some 10 ms (lazy_ms of the
                                   module) those that they had: unmaps are made many at a time, and who maps the same
-                                  buffer again meanwhile makes no call (a list of buffers, dma_map_sg, always does)
+                                  buffer, or list of buffers, again meanwhile makes no call
                          strict   the pages that the guest's drivers have mapped at this moment, and no others
                          pinned   all of guest RAM, pinned at start, as other VMMs do; the guest needs no module
 

@@ -1078,17 +1078,109 @@ static void unmaps_that_are_wrong_are_seen(void)
 	EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 4096, 0), PVDMA_NOT_KNOWN);
 }
 
-static void lists_idle_but_are_not_used_again(void)
+/* A list of whole pages or less in @entries. */
+static struct pvdma_list list_of(struct pvdma_entry *entries, u32 count)
 {
-	struct pvdma_entry out[1];
+	struct pvdma_list list = { .entries = entries, .count = count };
+	u32 i;
+
+	for (i = 0; i < count; i++)
+		list.pages += pvdma_pages(entries[i].address, entries[i].bytes);
+	return list;
+}
+
+static void idle_lists_are_used_again(void)
+{
+	static const struct pvdma_entry kept[3] = {
+		{ 0x5010, 100 }, { 0x9000, 4096 }, { 0x2000, 512 },
+	};
+	struct pvdma_entry entries[4], out[4];
+	struct pvdma_list list = list_of(memcpy(entries, kept, sizeof(kept)), 3);
+	u64 iova = 0;
+	u32 i;
+
+	memset(&lazy, 0xff, sizeof(lazy));
+	pvdma_lazy_start(&lazy);
+	pvdma_lazy_made_list(&lazy, &list, RW, 0x70000);
+	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 3 * 4096, 7), PVDMA_IDLE);
+
+	/* each entry counts, and so does their order; the list has to be all of it */
+	for (i = 0; i < 3; i++) {
+		entries[i].address ^= 0x1000;
+		EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+		entries[i].address ^= 0x1010;
+		EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+		entries[i] = kept[i];
+		entries[i].bytes--;
+		EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+		entries[i] = kept[i];
+	}
+	entries[1] = kept[2];
+	entries[2] = kept[1];
+	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+	memcpy(entries, kept, sizeof(kept));
+	list.count = 2;	/* with the third one's page: the entries alone differ */
+	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+	list = list_of(entries, 2);
+	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+	entries[3] = (struct pvdma_entry){ 0x3000, 1 };
+	list = list_of(entries, 4);
+	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+	list = list_of(entries, 3);
+	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, PVDMA_MAP_READ, ~0ull, &iova), false);
+	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, 0x72ffe, &iova), false);
+	/* nor is a list's beginning a buffer, or a buffer a list of one */
+	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 100, RW, ~0ull, &iova), false);
+	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 3 * 4096, RW, ~0ull, &iova), false);
+	pvdma_lazy_made(&lazy, 0xb000, 4096, RW, 0x80000);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x80000, 4096, 7), PVDMA_IDLE);
+	entries[3] = (struct pvdma_entry){ 0xb000, 4096 };
+	list = list_of(entries + 3, 1);
+	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+	EQUAL(iova, 0);
+
+	list = list_of(entries, 3);
+	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, 0x72fff, &iova), true);
+	EQUAL(iova, 0x70000);
+	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+	EQUAL(lazy.idle, 1);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 3 * 4096, 8), PVDMA_IDLE);
+	EQUAL(pvdma_lazy_take(&lazy, out, 4, 8), 2);
+	EQUAL(out[1].address, 0x70000);
+	EQUAL(out[1].bytes, 3 * 4096);
+	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+}
+
+/* A list for which there is no room is unmapped late all the same. */
+static void the_room_for_lists_has_an_end(void)
+{
+	enum { LISTS = 1000, ENTRIES = 64, KNOWN = (PVDMA_LAZY_PIECES - 1) / ENTRIES };
+	struct pvdma_entry entries[ENTRIES], out[1];
+	struct pvdma_list list;
+	u32 i, j, round;
 	u64 iova;
 
 	pvdma_lazy_start(&lazy);
-	pvdma_lazy_made(&lazy, PVDMA_LAZY_LIST, 8192, RW, 0x70000);
-	EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 8192, 3), PVDMA_IDLE);
-	EQUAL(pvdma_lazy_reuse(&lazy, PVDMA_LAZY_LIST, 8192, RW, ~0ull, &iova), false);
-	EQUAL(pvdma_lazy_take(&lazy, out, 1, 3), 1);
-	EQUAL(out[0].bytes, 8192);
+	for (round = 0; round < 3; round++) {
+		for (i = 0; i < LISTS; i++) {
+			for (j = 0; j < ENTRIES; j++)
+				entries[j] = (struct pvdma_entry){ (i * ENTRIES + j) * 8192ull, 4096 };
+			list = list_of(entries, ENTRIES);
+			pvdma_lazy_made_list(&lazy, &list, RW, (i * 2ull + 1) << 20);
+			EQUAL(pvdma_lazy_idle(&lazy, (i * 2ull + 1) << 20, ENTRIES * 4096, i), PVDMA_IDLE);
+			EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), i < KNOWN);
+			if (i < KNOWN)
+				EQUAL(pvdma_lazy_idle(&lazy, iova, ENTRIES * 4096, i), PVDMA_IDLE);
+		}
+		EQUAL(lazy.free_pieces, PVDMA_LAZY_PIECES - 1 - KNOWN * ENTRIES);
+		for (i = 0; i < LISTS; i++) {
+			EQUAL(pvdma_lazy_take(&lazy, out, 1, LISTS), 1);
+			EQUAL(out[0].address, (i * 2ull + 1) << 20);
+			EQUAL(out[0].bytes, ENTRIES * 4096);
+		}
+		EQUAL(lazy.free_pieces, PVDMA_LAZY_PIECES - 1);
+	}
 }
 
 static void the_books_have_an_end(void)
@@ -1123,9 +1215,11 @@ static void the_books_have_an_end(void)
 static void random_lazy_mappings(void)
 {
 	enum { NONE, LIVE, IDLE };
-	static struct { int state; u64 gpa, bytes; u32 flags; u64 since; } naive[512];
+	/* the second entry of a list; no list: 0 */
+	static struct { int state; u64 gpa, bytes, second; u32 flags; u64 since; } naive[512];
 	u64 now = 0, iova, i, idle;
-	struct pvdma_entry out[8];
+	struct pvdma_entry out[8], entries[2];
+	struct pvdma_list list;
 	u32 round, n;
 
 	pvdma_lazy_start(&lazy);
@@ -1134,6 +1228,7 @@ static void random_lazy_mappings(void)
 		u64 r = random_below(0x80000000);
 		u64 slot = r % 512, gpa = (r >> 9) % 16 * 4096, bytes = 1 + (r >> 13) % 2;
 		u32 flags = 1 + (r >> 15) % 2;
+		u64 second = (r >> 21) % 3 * 4096;
 		bool found;
 
 		now += r >> 20 & 1;
@@ -1141,35 +1236,45 @@ static void random_lazy_mappings(void)
 		case 0:	/* map, at this slot if nothing idle will do */
 		case 1:
 		case 2:
-			found = pvdma_lazy_reuse(&lazy, gpa, bytes, flags, ~0ull, &iova);
+			entries[0] = (struct pvdma_entry){ gpa, bytes };
+			entries[1] = (struct pvdma_entry){ second, 4096 };
+			list = list_of(entries, 2);
+			found = second ? pvdma_lazy_reuse_list(&lazy, &list, flags, ~0ull, &iova) :
+				pvdma_lazy_reuse(&lazy, gpa, bytes, flags, ~0ull, &iova);
 			for (i = 0; i < 512; i++) {
 				if (naive[i].state == IDLE && naive[i].gpa == gpa &&
+				    naive[i].second == second &&
 				    naive[i].bytes == bytes && naive[i].flags == flags)
 					break;
 			}
 			EQUAL(found, i < 512);
 			if (found) {
-				i = iova >> 12;
+				i = iova >> 13;
 				EQUAL(naive[i].state, IDLE);
 				EQUAL(naive[i].gpa, gpa);
 				EQUAL(naive[i].bytes, bytes);
+				EQUAL(naive[i].second, second);
 				EQUAL(naive[i].flags, flags);
 				naive[i].state = LIVE;
 			} else if (naive[slot].state == NONE) {
-				pvdma_lazy_made(&lazy, gpa, bytes, flags, slot << 12);
+				if (second)
+					pvdma_lazy_made_list(&lazy, &list, flags, slot << 13);
+				else
+					pvdma_lazy_made(&lazy, gpa, bytes, flags, slot << 13);
 				naive[slot].state = LIVE;
 				naive[slot].gpa = gpa;
 				naive[slot].bytes = bytes;
+				naive[slot].second = second;
 				naive[slot].flags = flags;
 			}
 			break;
 		case 3:	/* the longest idle ones go */
 			n = pvdma_lazy_take(&lazy, out, r % 9, now - 3);
 			for (i = 0; i < n; i++) {
-				u64 at = out[i].address >> 12, j;
+				u64 at = out[i].address >> 13, j;
 
 				EQUAL(naive[at].state, IDLE);
-				EQUAL(out[i].bytes, naive[at].bytes);
+				EQUAL(out[i].bytes, naive[at].second ? 8192 : naive[at].bytes);
 				for (j = 0; j < 512; j++)
 					EQUAL(naive[j].state == IDLE && naive[j].since < naive[at].since, 0);
 				naive[at].state = NONE;
@@ -1178,7 +1283,8 @@ static void random_lazy_mappings(void)
 				EQUAL(naive[i].state == IDLE && (s64)(now - 3 - naive[i].since) >= 0, 0);
 			break;
 		default:
-			switch (pvdma_lazy_idle(&lazy, slot << 12, naive[slot].bytes, now)) {
+			switch (pvdma_lazy_idle(&lazy, slot << 13,
+						naive[slot].second ? 8192 : naive[slot].bytes, now)) {
 			case PVDMA_IDLE:
 				EQUAL(naive[slot].state, LIVE);
 				naive[slot].state = IDLE;
@@ -1243,7 +1349,8 @@ static const struct {
 	TEST(random_lists_come_back),
 	TEST(idle_mappings_are_used_again),
 	TEST(unmaps_that_are_wrong_are_seen),
-	TEST(lists_idle_but_are_not_used_again),
+	TEST(idle_lists_are_used_again),
+	TEST(the_room_for_lists_has_an_end),
 	TEST(the_books_have_an_end),
 	TEST(random_lazy_mappings),
 	TEST(has_words),

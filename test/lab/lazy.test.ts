@@ -35,17 +35,27 @@ lab.test("the data is right, and there are fewer calls than maps, and far fewer 
   await verify(vmm, path!, `--bs=4k --iodepth=16 --size=${DISK_MIB}M`);
   await assertReads(vmm, disk, path!);
   await assertSettles(vmm);
-  const before = await assertViewsAgree(vmm);
   // The same buffers over and over, and long enough until they are flushed that they are found idle.
   await setLazy(vmm, 1000);
-  const ios = await verify(vmm, path!, "--bs=4k --iodepth=16 --size=1M --loops=4 --iomem=malloc");
-  await assertSettles(vmm);
-  const after = await assertViewsAgree(vmm);
-  const change = (name: string) => after.guest.get(name)! - before.guest.get(name)!;
-  const [maps, unmaps, reused] = ["hypercall_map", "hypercall_unmap", `${DEVICE}/reused`].map(change);
-  console.log(`    ${ios} I/Os: ${maps} map calls, ${unmaps} unmap calls, ${reused} found idle`);
-  assert.ok(reused! > ios / 2 && maps! < ios / 2, "buffers were used again");
-  assert.ok(unmaps! < maps! / 2, "unmaps were gathered");
+  let last = await assertViewsAgree(vmm);
+  for (const [what, how] of [
+    ["pages", "--bs=4k --iodepth=16 --size=1M --loops=4"],
+    ["lists", "--bs=64k --iodepth=4 --size=4M --loops=8"],
+  ] as const) {
+    const ios = await verify(vmm, path!, `${how} --iomem=malloc`);
+    await assertSettles(vmm);
+    const now = await assertViewsAgree(vmm);
+    const change = (name: string) => now.guest.get(name)! - last.guest.get(name)!;
+    const [maps, unmaps, reused] = ["hypercall_map", "hypercall_unmap", `${DEVICE}/reused`].map(change);
+    const lists = change(`${DEVICE}/map_lists`);
+    console.log(
+      `    ${what}: ${ios} I/Os: ${maps} map calls, ${lists} of lists, ${unmaps} unmap calls, ${reused} found idle`,
+    );
+    if (what === "lists") assert.ok(lists > maps! / 2, "they were lists");
+    assert.ok(reused! > ios / 2 && maps! < ios / 2, "buffers were used again");
+    assert.ok(unmaps! < maps! / 2, "unmaps were gathered");
+    last = now;
+  }
   await assertNoComplaints(vmm);
   await assertNothingLeft(vmm);
   await endDriven(vmm);

@@ -7,7 +7,6 @@ import assert from "node:assert/strict";
 import fs from "node:fs";
 import { join } from "node:path";
 import { promisify } from "node:util";
-import koffi from "koffi";
 import { suite } from "uvu";
 import { MAP_FLAG } from "../../hypercalls/abi.js";
 import type { FileNatives } from "../../iommu-emul/device.js";
@@ -29,7 +28,9 @@ choose("fdatasync", (fd: number) => fs.fdatasyncSync(fd));
 
 // After the functions were replaced: the file takes them when it is loaded.
 const { NvmeController } = await import("../../iommu-emul/nvme/controller.js");
-const { CC_ENABLE, GuestQueue, NATIVES, NvmeGuest, PAGE } = await import("./support/nvme-guest.js");
+const { ALWAYS_CACHED, CC_ENABLE, GuestQueue, NATIVES, NvmeGuest, PAGE } = await import(
+  "./support/nvme-guest.js"
+);
 type NvmeController = InstanceType<typeof NvmeController>;
 type NvmeGuest = InstanceType<typeof NvmeGuest>;
 type GuestQueue = InstanceType<typeof GuestQueue>;
@@ -43,14 +44,6 @@ const POOL_PAGES = 48;
 const IO_OPCODES = [0, 1, 1, 1, 2, 2, 2, 5, 8, 9, 12];
 const ADMIN_OPCODES = [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 0x7c];
 
-/** Reads into memory, of the guest too, that do not depend on what happens to be cached: they wait for the disk. */
-const libc = koffi.load("libc.so.6");
-const pread = libc.func("pread", "int64_t", ["int", "uintptr_t", "size_t", "int64_t"]);
-const preadv = libc.func("preadv", "int64_t", ["int", "uintptr_t", "int", "int64_t"]);
-const alwaysCached: FileNatives = {
-  readCached: (...how) => Number(pread(...how)),
-  readCachedInto: (...how) => Number(preadv(...how)),
-};
 const { readCached: _, readCachedInto: __, ...BUFFERED } = NATIVES;
 
 class Fuzz {
@@ -76,7 +69,7 @@ class Fuzz {
     // number of its own, a clock that counts, and reads that do not depend on what happens to be cached.
     let clock = 0;
     performance.now = () => clock++;
-    const natives: FileNatives = (seed & 2) === 0 ? { ...NATIVES, ...alwaysCached } : BUFFERED;
+    const natives: FileNatives = (seed & 2) === 0 ? ALWAYS_CACHED : BUFFERED;
     this.guest = new NvmeGuest({ bytes: DISK_BYTES, cpus: 3, memoryPages: 512, serial: "fuzz", natives });
     const { guest } = this;
     assert.ok(guest.device instanceof NvmeController);

@@ -6,6 +6,7 @@ import assert from "node:assert/strict";
 import fs from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import koffi from "koffi";
 import { MAP_FLAG } from "../../../hypercalls/abi.js";
 import { hva, iova } from "../../../hypercalls/addresses.js";
 import type { DeviceHost, DmaPort, EmulatedDevice, FileNatives } from "../../../iommu-emul/device.js";
@@ -34,6 +35,16 @@ export const NATIVES: FileNatives = {
   write: writeAt,
   punchHole,
   lock: lockFile,
+};
+
+const libc = koffi.load("libc.so.6");
+const pread = libc.func("pread", "int64_t", ["int", "uintptr_t", "size_t", "int64_t"]);
+const preadv = libc.func("preadv", "int64_t", ["int", "uintptr_t", "int", "int64_t"]);
+/** Reads into memory, of the guest too, that do not depend on what happens to be cached: they wait for the disk. */
+export const ALWAYS_CACHED: FileNatives = {
+  ...NATIVES,
+  readCached: (...how) => Number(pread(...how)),
+  readCachedInto: (...how) => Number(preadv(...how)),
 };
 
 export interface Completion {
