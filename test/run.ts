@@ -52,10 +52,10 @@ for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
 }
 
 /**
- * Runs one file; its output comes when it has ended, so that files that run side by side do not mix. Counts by uvu's
- * closing lines; a file that dies early is one failure.
+ * Runs one file; its output comes when it has ended, so that files that run side by side do not mix, and of a file that
+ * is alone at once. Counts by uvu's closing lines; a file that dies early is one failure.
  */
-function runFile(path: string): Promise<Outcome & { readonly output: string }> {
+function runFile(path: string, alone: boolean): Promise<Outcome & { readonly output: string }> {
   return new Promise((resolve) => {
     const child = spawn(process.execPath, ["--enable-source-maps", path], {
       cwd: root,
@@ -72,6 +72,7 @@ function runFile(path: string): Promise<Outcome & { readonly output: string }> {
     for (const stream of [child.stdout, child.stderr]) {
       stream.on("data", (chunk: Buffer) => {
         output += chunk.toString();
+        if (alone) process.stdout.write(chunk);
       });
     }
     child.on("close", (code) => {
@@ -114,8 +115,9 @@ async function work(): Promise<void> {
   for (let path = files[begun++]; path !== undefined; path = files[begun++]) {
     const name = relative(built, path);
     console.log(`[${begun}/${files.length}] ${name} begins (${seconds()})`);
-    const outcome = await runFile(path);
-    console.log(`\n${name} (${seconds()})\n${outcome.output.trimEnd()}\n`);
+    const alone = files.length === 1;
+    const outcome = await runFile(path, alone);
+    console.log(`\n${name} (${seconds()})\n${alone ? "" : `${outcome.output.trimEnd()}\n`}`);
     add(name, outcome);
   }
 }

@@ -189,7 +189,7 @@ async function underPressure(host: Host): Promise<void> {
   const limits = ["--dma-limit", String(LIMIT_BYTES), "--dma-granule", "16K", "--dma-idle", "1"];
   const args = ["--cpus", String(CPUS), ...devices.flat(), ...limits, "--cmdline", `maps=${MAPS / CPUS}`];
   const vmm = await RunningVmm.start(host, [...MEMORY, ...args, "--kernel", image]);
-  const found = await vmm.guestSays("maps", sized(300_000, 7_200_000));
+  const found = await vmm.guestSaysLate("maps", sized(300_000, 7_200_000));
   const { status, stats } = await vmm.end();
   const [maps, limited, calls, checks, wrong] = found.split(/ [a-z]+ /).map(Number);
   console.log(

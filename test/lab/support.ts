@@ -98,6 +98,21 @@ export class RunningVmm {
     return match[1]!;
   }
 
+  /** guestSays() for what may take hours: once a minute it tells how many calls the guest has made. */
+  async guestSaysLate(word: string, timeoutMs: number): Promise<string> {
+    const tell = async () => {
+      const calls = [...(await this.statistics())].filter(([name]) => /^hypercalls\/\w+\/calls$/.test(name));
+      console.log(`    ${calls.reduce((sum, [, count]) => sum + count, 0)} calls`);
+    };
+    // What ends the guest meanwhile is told below.
+    const timer = setInterval(() => tell().catch(() => {}), 60_000);
+    try {
+      return await this.guestSays(word, timeoutMs);
+    } finally {
+      clearInterval(timer);
+    }
+  }
+
   /** Lets the guest's script go on after a `read`. */
   goOn(): void {
     this.process.write("\n");
