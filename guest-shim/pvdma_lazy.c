@@ -5,11 +5,27 @@
  */
 #include "pvdma_lazy.h"
 
+_Static_assert(PVDMA_LAZY_RECORDS <= 65536 && PVDMA_LAZY_ENTRIES <= 65536,
+	       "places are 16 bits");
+
 /* Multiplicative hashing (Knuth, TAOCP 6.4), by page. */
 static u32 bucket(u64 address)
 {
 	return (u32)((address >> PVDMA_PAGE_SHIFT) * 0x9e3779b97f4a7c15ull >> 32) %
 	       PVDMA_LAZY_BUCKETS;
+}
+
+/* Of all entries, since many lists may begin, or end, alike. */
+static u64 key_of(const struct pvdma_list *list)
+{
+	u64 key = list->count;
+	u32 i;
+
+	for (i = 0; i < list->count; i++) {
+		key = (key ^ list->entries[i].address) * 0x9e3779b97f4a7c15ull;
+		key = (key ^ key >> 32 ^ list->entries[i].bytes) * 0x9e3779b97f4a7c15ull;
+	}
+	return key;
 }
 
 void pvdma_lazy_start(struct pvdma_lazy *lazy)
@@ -18,15 +34,15 @@ void pvdma_lazy_start(struct pvdma_lazy *lazy)
 
 	for (i = 0; i < PVDMA_LAZY_BUCKETS; i++) {
 		lazy->by_iova[i] = 0;
-		lazy->by_gpa[i] = 0;
+		lazy->by_key[i] = 0;
 	}
 	for (i = 1; i < PVDMA_LAZY_RECORDS; i++)
 		lazy->records[i].iova_next = (i + 1) % PVDMA_LAZY_RECORDS;
 	lazy->free = 1;
-	for (i = 1; i < PVDMA_LAZY_PIECES; i++)
-		lazy->piece_next[i] = (i + 1) % PVDMA_LAZY_PIECES;
-	lazy->free_piece = 1;
-	lazy->free_pieces = PVDMA_LAZY_PIECES - 1;
+	for (i = 1; i < PVDMA_LAZY_ENTRIES; i++)
+		lazy->entry_next[i] = (i + 1) % PVDMA_LAZY_ENTRIES;
+	lazy->free_entry = 1;
+	lazy->free_entries = PVDMA_LAZY_ENTRIES - 1;
 	lazy->idle = 0;
 	lazy->oldest = 0;
 	lazy->newest = 0;
@@ -38,10 +54,10 @@ static void not_idle(struct pvdma_lazy *lazy, u16 at)
 	struct pvdma_record *record = &lazy->records[at];
 	u16 *link;
 
-	if (record->gpa != PVDMA_LAZY_UNKNOWN) {
-		for (link = &lazy->by_gpa[bucket(record->gpa)]; *link != at;)
-			link = &lazy->records[*link].gpa_next;
-		*link = record->gpa_next;
+	if (record->key != PVDMA_LAZY_UNKNOWN) {
+		for (link = &lazy->by_key[bucket(record->key)]; *link != at;)
+			link = &lazy->records[*link].key_next;
+		*link = record->key_next;
 	}
 	if (record->older)
 		lazy->records[record->older].newer = record->newer;
@@ -66,10 +82,10 @@ static void forget(struct pvdma_lazy *lazy, u16 at)
 	*link = record->iova_next;
 	record->iova_next = lazy->free;
 	lazy->free = at;
-	if (record->pieces) {
-		lazy->piece_next[record->last_piece] = lazy->free_piece;
-		lazy->free_piece = record->first_piece;
-		lazy->free_pieces += record->pieces;
+	if (record->entries) {
+		lazy->entry_next[record->last_entry] = lazy->free_entry;
+		lazy->free_entry = record->first_entry;
+		lazy->free_entries += record->entries;
 	}
 }
 
@@ -84,7 +100,7 @@ static u16 find(const struct pvdma_lazy *lazy, u64 iova)
 }
 
 /* A record of a mapping that was made, without a list's entries; 0: no room. */
-static u16 made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64 iova)
+static u16 made(struct pvdma_lazy *lazy, u64 key, u64 bytes, u32 flags, u64 iova)
 {
 	/* an iova is one mapping's until the host has unmapped it: so the host has */
 	u16 gone = find(lazy, iova);
@@ -101,12 +117,12 @@ static u16 made(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags, u64 iova
 		return 0;
 	record = &lazy->records[at];
 	lazy->free = record->iova_next;
-	record->gpa = gpa;
+	record->key = key;
 	record->iova = iova;
 	record->bytes = bytes;
 	record->flags = flags;
 	record->idle = false;
-	record->pieces = 0;
+	record->entries = 0;
 	record->iova_next = *head;
 	*head = at;
 	return at;
@@ -122,50 +138,50 @@ void pvdma_lazy_made_list(struct pvdma_lazy *lazy, const struct pvdma_list *list
 {
 	u16 at = made(lazy, PVDMA_LAZY_UNKNOWN, list->pages << PVDMA_PAGE_SHIFT, flags, iova);
 	struct pvdma_record *record = &lazy->records[at];
-	u16 piece;
+	u16 place;
 	u32 i;
 
-	if (!at || list->count > lazy->free_pieces)
+	if (!at || list->count > lazy->free_entries)
 		return;
-	piece = lazy->free_piece;
-	record->gpa = list->entries[0].address;
-	record->pieces = list->count;
-	record->first_piece = piece;
+	place = lazy->free_entry;
+	record->key = key_of(list);
+	record->entries = list->count;
+	record->first_entry = place;
 	for (i = 0; i < list->count; i++) {
-		lazy->pieces[piece] = list->entries[i];
-		record->last_piece = piece;
-		piece = lazy->piece_next[piece];
+		lazy->entries[place] = list->entries[i];
+		record->last_entry = place;
+		place = lazy->entry_next[place];
 	}
-	lazy->free_piece = piece;
-	lazy->free_pieces -= list->count;
+	lazy->free_entry = place;
+	lazy->free_entries -= list->count;
 }
 
 static bool has_entries(const struct pvdma_lazy *lazy, const struct pvdma_record *record,
 			const struct pvdma_list *list)
 {
-	u16 piece = record->first_piece;
+	u16 place = record->first_entry;
 	u32 i;
 
-	if (record->pieces != list->count)
+	if (record->entries != list->count)
 		return false;
-	for (i = 0; i < list->count; i++, piece = lazy->piece_next[piece]) {
-		if (lazy->pieces[piece].address != list->entries[i].address ||
-		    lazy->pieces[piece].bytes != list->entries[i].bytes)
+	for (i = 0; i < list->count; i++, place = lazy->entry_next[place]) {
+		if (lazy->entries[place].address != list->entries[i].address ||
+		    lazy->entries[place].bytes != list->entries[i].bytes)
 			return false;
 	}
 	return true;
 }
 
 /* A buffer is a list of no entries here. */
-static bool reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes,
+static bool reuse(struct pvdma_lazy *lazy, u64 key, u64 bytes,
 		  const struct pvdma_list *list, u32 flags, u64 iova_max, u64 *iova)
 {
 	u16 at;
 
-	for (at = lazy->by_gpa[bucket(gpa)]; at; at = lazy->records[at].gpa_next) {
+	for (at = lazy->by_key[bucket(key)]; at; at = lazy->records[at].key_next) {
 		const struct pvdma_record *record = &lazy->records[at];
 
-		if (record->gpa != gpa || record->bytes != bytes ||
+		if (record->key != key || record->bytes != bytes ||
 		    record->flags != flags || record->iova > iova_max ||
 		    bytes - 1 > iova_max - record->iova ||
 		    !has_entries(lazy, record, list))
@@ -180,7 +196,7 @@ static bool reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes,
 bool pvdma_lazy_reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags,
 		      u64 iova_max, u64 *iova)
 {
-	const struct pvdma_list none = { .count = 0 };
+	static const struct pvdma_list none = { .count = 0 };
 
 	return reuse(lazy, gpa, bytes, &none, flags, iova_max, iova);
 }
@@ -188,8 +204,8 @@ bool pvdma_lazy_reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags,
 bool pvdma_lazy_reuse_list(struct pvdma_lazy *lazy, const struct pvdma_list *list,
 			   u32 flags, u64 iova_max, u64 *iova)
 {
-	return reuse(lazy, list->entries[0].address, list->pages << PVDMA_PAGE_SHIFT, list,
-		     flags, iova_max, iova);
+	return reuse(lazy, key_of(list), list->pages << PVDMA_PAGE_SHIFT, list, flags,
+		     iova_max, iova);
 }
 
 enum pvdma_idled pvdma_lazy_idle(struct pvdma_lazy *lazy, u64 iova, u64 bytes, u64 now)
@@ -205,9 +221,9 @@ enum pvdma_idled pvdma_lazy_idle(struct pvdma_lazy *lazy, u64 iova, u64 bytes, u
 	if (pvdma_pages(record->iova, record->bytes) != pvdma_pages(iova, bytes))
 		return PVDMA_NOT_KNOWN;
 
-	if (record->gpa != PVDMA_LAZY_UNKNOWN) {
-		head = &lazy->by_gpa[bucket(record->gpa)];
-		record->gpa_next = *head;
+	if (record->key != PVDMA_LAZY_UNKNOWN) {
+		head = &lazy->by_key[bucket(record->key)];
+		record->key_next = *head;
 		*head = at;
 	}
 	record->older = lazy->newest;

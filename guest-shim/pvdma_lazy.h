@@ -7,8 +7,8 @@
  *
  * One book for a device, not one for each CPU: drivers map a buffer on one CPU and
  * unmap it on another, where its interrupt came, and the next map of it, wherever that
- * is, has to find it. CPUs that find theirs at once wait for each other, for a few
- * instructions; who wants more than that has policy cached.
+ * is, has to find it. CPUs that find theirs at once wait for each other, a list for as
+ * long as it takes to compare its entries; who wants more than that has policy cached.
  */
 #ifndef PVDMA_LAZY_H
 #define PVDMA_LAZY_H
@@ -20,40 +20,41 @@
 #define PVDMA_LAZY_BUCKETS	4096u
 
 /*
- * Entries of lists that are remembered, and one: as many idle lists of 64 as there may
- * be idle mappings. A list for which there is no room is not looked for again.
+ * Entries of a device's lists that are remembered, and one: 255 lists of 64, those in
+ * use among them. A list for which there is no room is not found again.
  */
-#define PVDMA_LAZY_PIECES	16384u
+#define PVDMA_LAZY_ENTRIES	16384u
 
-/* In place of a gpa: a list whose entries are not remembered. */
+/* In place of a key: a list whose entries are not remembered. */
 #define PVDMA_LAZY_UNKNOWN	(~0ull)
 
-/* Records and pieces are named by their place in the array; the place 0 is nobody's. */
+/* Records and entries are named by their place in the array; the place 0 is nobody's. */
 struct pvdma_record {
-	u64 gpa;		/* of the first byte, or PVDMA_LAZY_UNKNOWN */
+	u64 key;		/* a buffer: gpa of the first byte; a list: of all its
+				 * entries, or PVDMA_LAZY_UNKNOWN */
 	u64 iova;		/* of the first byte; a list: of the first page */
 	u64 bytes;		/* a list: of its pages */
 	u64 since;		/* idle since, in the caller's clock */
 	u32 flags;		/* PVDMA_MAP_* */
 	bool idle;
-	u16 pieces;		/* a list's entries, in order; 0: no list, or unknown */
-	u16 first_piece, last_piece;
+	u16 entries;		/* of a list, how many; 0: no list, or unknown */
+	u16 first_entry, last_entry;
 	u16 iova_next;		/* in its bucket by iova; in the list of free ones */
-	u16 gpa_next;		/* in its bucket by gpa, if idle and not unknown */
+	u16 key_next;		/* in its bucket by key, if idle and not unknown */
 	u16 older, newer;	/* of the idle ones */
 };
 
 struct pvdma_lazy {
 	u32 idle;		/* records that are */
-	u32 free_pieces;	/* how many */
+	u32 free_entries;	/* how many */
 	u16 free;
-	u16 free_piece;
+	u16 free_entry;
 	u16 oldest, newest;	/* of the idle ones */
 	u16 by_iova[PVDMA_LAZY_BUCKETS];
-	u16 by_gpa[PVDMA_LAZY_BUCKETS];
+	u16 by_key[PVDMA_LAZY_BUCKETS];
 	struct pvdma_record records[PVDMA_LAZY_RECORDS];
-	struct pvdma_entry pieces[PVDMA_LAZY_PIECES];
-	u16 piece_next[PVDMA_LAZY_PIECES];	/* of the same list; of the free ones */
+	struct pvdma_entry entries[PVDMA_LAZY_ENTRIES];
+	u16 entry_next[PVDMA_LAZY_ENTRIES];	/* of the same list; of the free ones */
 };
 
 /* What became of a mapping that its driver no longer needs. */
@@ -93,7 +94,10 @@ void pvdma_lazy_made_list(struct pvdma_lazy *lazy, const struct pvdma_list *list
 bool pvdma_lazy_reuse(struct pvdma_lazy *lazy, u64 gpa, u64 bytes, u32 flags,
 		      u64 iova_max, u64 *iova);
 
-/** pvdma_lazy_reuse_list() - look for an idle list of the same entries in the same order */
+/**
+ * pvdma_lazy_reuse_list() - look for an idle list of the same entries in the same order
+ * @iova: first page of its range, set on success only
+ */
 bool pvdma_lazy_reuse_list(struct pvdma_lazy *lazy, const struct pvdma_list *list,
 			   u32 flags, u64 iova_max, u64 *iova);
 

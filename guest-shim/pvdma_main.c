@@ -277,8 +277,8 @@ void pvdma_lose(struct pvdma_device *p)
 
 /*
  * How often the bus is asked whether the devices are there, milliseconds. Who makes
- * calls is told by them, but with policy cached drivers seldom make any, under pinned
- * none, and one that waits for its device has no reason to.
+ * calls is told by them, but with policies cached and lazy drivers may make none for
+ * long, under pinned they never do, and one that waits has no reason to.
  */
 #define PVDMA_WATCH_MS	2000
 

@@ -580,6 +580,7 @@ static u32 pvdma_make_list(struct pvdma_device *p, const struct pvdma_list *list
 {
 	u32 status;
 
+	lockdep_assert_irqs_disabled();
 	/* a device that is gone has nothing mapped, whatever the books say */
 	if (p->lazy && !READ_ONCE(p->lost) && pvdma_reuse_list(p, list, iova_max, flags, base))
 		return PVDMA_STATUS_OK;
@@ -853,6 +854,9 @@ static int pvdma_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
 				    attrs, &base);
 		if (unlikely(n < 0)) {
 			pvdma_unmap_entries(p, dev, sgl, done);
+			/* the next try shall not find them where the rest had no room */
+			if (p->lazy && done)
+				pvdma_flush_all();
 			return n;
 		}
 		for (i = 0; i < n; i++, entry = sg_next(entry)) {

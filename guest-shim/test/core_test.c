@@ -1036,6 +1036,7 @@ static void idle_mappings_are_used_again(void)
 	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 101, RW, ~0ull, &iova), false);
 	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 100, PVDMA_MAP_READ, ~0ull, &iova), false);
 	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 100, RW, 0x70010 + 98, &iova), false);
+	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 100, RW, 0x6ffff, &iova), false);
 	EQUAL(iova, 0);
 	EQUAL(pvdma_lazy_reuse(&lazy, 0x5010, 100, RW, 0x70010 + 99, &iova), true);
 	EQUAL(iova, 0x70010);
@@ -1141,6 +1142,7 @@ static void idle_lists_are_used_again(void)
 	EQUAL(iova, 0);
 
 	list = list_of(entries, 3);
+	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, 0x6ffff, &iova), false);
 	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, 0x72fff, &iova), true);
 	EQUAL(iova, 0x70000);
 	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
@@ -1150,12 +1152,76 @@ static void idle_lists_are_used_again(void)
 	EQUAL(out[1].address, 0x70000);
 	EQUAL(out[1].bytes, 3 * 4096);
 	EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+	EQUAL(lazy.free_entries, PVDMA_LAZY_ENTRIES - 1);
+
+	/* the host gave its address away, in use or idle: what is known of it is old */
+	for (i = 0; i < 2; i++) {
+		pvdma_lazy_made_list(&lazy, &list, RW, 0x70000);
+		if (i)
+			EQUAL(pvdma_lazy_idle(&lazy, 0x70000, 3 * 4096, 9), PVDMA_IDLE);
+		pvdma_lazy_made(&lazy, 0xd000, 4096, RW, 0x70000);
+		EQUAL(lazy.idle, 0);
+		EQUAL(lazy.free_entries, PVDMA_LAZY_ENTRIES - 1);
+		EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), false);
+	}
+}
+
+/* A step of what the books find lists by. */
+static u64 stir(u64 key, u64 value)
+{
+	return (key ^ value) * 0x9e3779b97f4a7c15ull;
+}
+
+static u64 fold(u64 key)
+{
+	return key ^ key >> 32;
+}
+
+/* It does not decide: lists that share it are told apart, and from a buffer. */
+static void lists_of_one_key_are_told_apart(void)
+{
+	const struct pvdma_entry all[4][2] = {
+		/* differing in addresses, then in lengths alone */
+		{ { 0x5000, 4096 }, { 0x9000, 4096 } },
+		{ { 0x6000, 4096 }, { 0x9000 ^ stir(fold(stir(2, 0x5000)), 4096) ^
+				      stir(fold(stir(2, 0x6000)), 4096), 4096 } },
+		{ { 0x5000, 4096 }, { 0x9000, 4096 } },
+		{ { 0x5000, 4095 }, { 0x9000, 4096 ^
+				      fold(stir(stir(fold(stir(2, 0x5000)), 4096), 0x9000)) ^
+				      fold(stir(stir(fold(stir(2, 0x5000)), 4095), 0x9000)) } },
+	};
+	struct pvdma_entry entries[2], others[2];
+	struct pvdma_list list = { .entries = entries, .count = 2, .pages = 2 };
+	struct pvdma_list other = { .entries = others, .count = 2, .pages = 2 };
+	u64 iova;
+	u32 i, j;
+
+	for (j = 0; j < 4; j += 2) {
+		memcpy(entries, all[j], sizeof(entries));
+		memcpy(others, all[j + 1], sizeof(others));
+		pvdma_lazy_start(&lazy);
+		pvdma_lazy_made_list(&lazy, &list, RW, 0x70000);
+		pvdma_lazy_made_list(&lazy, &other, RW, 0x80000);
+		EQUAL(lazy.records[1].key, lazy.records[2].key);
+		for (i = 0; i < 2; i++) {
+			iova = 0x70000 + i * 0x10000;
+			EQUAL(pvdma_lazy_idle(&lazy, iova, 8192, 0), PVDMA_IDLE);
+			EQUAL(pvdma_lazy_reuse(&lazy, lazy.records[1].key, 8192, RW, ~0ull,
+					       &iova), false);
+			EQUAL(pvdma_lazy_reuse_list(&lazy, i ? &list : &other, RW, ~0ull,
+						    &iova), false);
+			EQUAL(pvdma_lazy_reuse_list(&lazy, i ? &other : &list, RW, ~0ull,
+						    &iova), true);
+			EQUAL(iova, 0x70000 + i * 0x10000);
+		}
+	}
 }
 
 /* A list for which there is no room is unmapped late all the same. */
 static void the_room_for_lists_has_an_end(void)
 {
-	enum { LISTS = 1000, ENTRIES = 64, KNOWN = (PVDMA_LAZY_PIECES - 1) / ENTRIES };
+	enum { LISTS = 1000, ENTRIES = 64, KNOWN = (PVDMA_LAZY_ENTRIES - 1) / ENTRIES,
+	       LAST = (PVDMA_LAZY_ENTRIES - 1) % ENTRIES };
 	struct pvdma_entry entries[ENTRIES], out[1];
 	struct pvdma_list list;
 	u32 i, j, round;
@@ -1173,19 +1239,34 @@ static void the_room_for_lists_has_an_end(void)
 			if (i < KNOWN)
 				EQUAL(pvdma_lazy_idle(&lazy, iova, ENTRIES * 4096, i), PVDMA_IDLE);
 		}
-		EQUAL(lazy.free_pieces, PVDMA_LAZY_PIECES - 1 - KNOWN * ENTRIES);
+		/* to the last entry */
+		EQUAL(lazy.free_entries, LAST);
+		list = list_of(entries, LAST + 1);
+		pvdma_lazy_made_list(&lazy, &list, RW, 1ull << 33);
+		EQUAL(lazy.free_entries, LAST);
+		list = list_of(entries, LAST);
+		pvdma_lazy_made_list(&lazy, &list, RW, 1ull << 34);
+		EQUAL(lazy.free_entries, 0);
+		EQUAL(pvdma_lazy_idle(&lazy, 1ull << 33, (LAST + 1) * 4096, LISTS), PVDMA_IDLE);
+		EQUAL(pvdma_lazy_idle(&lazy, 1ull << 34, LAST * 4096, LISTS), PVDMA_IDLE);
+		EQUAL(pvdma_lazy_reuse_list(&lazy, &list, RW, ~0ull, &iova), true);
+		EQUAL(iova, 1ull << 34);
+		EQUAL(pvdma_lazy_idle(&lazy, iova, LAST * 4096, LISTS), PVDMA_IDLE);
 		for (i = 0; i < LISTS; i++) {
 			EQUAL(pvdma_lazy_take(&lazy, out, 1, LISTS), 1);
 			EQUAL(out[0].address, (i * 2ull + 1) << 20);
 			EQUAL(out[0].bytes, ENTRIES * 4096);
 		}
-		EQUAL(lazy.free_pieces, PVDMA_LAZY_PIECES - 1);
+		EQUAL(pvdma_lazy_take(&lazy, out, 1, LISTS), 1);
+		EQUAL(pvdma_lazy_take(&lazy, out, 1, LISTS), 1);
+		EQUAL(lazy.free_entries, PVDMA_LAZY_ENTRIES - 1);
 	}
 }
 
 static void the_books_have_an_end(void)
 {
-	struct pvdma_entry out[1];
+	struct pvdma_entry out[1], entry = { 0x5000, 4096 };
+	struct pvdma_list list = list_of(&entry, 1);
 	u64 iova;
 	u32 i;
 
@@ -1195,6 +1276,9 @@ static void the_books_have_an_end(void)
 		pvdma_lazy_made(&lazy, i * 4096ull, 4096, RW, i * 8192ull);
 	pvdma_lazy_made(&lazy, 0x5000, 4096, RW, 0x12345000);
 	EQUAL(pvdma_lazy_idle(&lazy, 0x12345000, 4096, 0), PVDMA_NOT_KNOWN);
+	pvdma_lazy_made_list(&lazy, &list, RW, 0x12345000);
+	EQUAL(pvdma_lazy_idle(&lazy, 0x12345000, 4096, 0), PVDMA_NOT_KNOWN);
+	EQUAL(lazy.free_entries, PVDMA_LAZY_ENTRIES - 1);
 	for (i = 1; i < PVDMA_LAZY_RECORDS; i++)
 		EQUAL(pvdma_lazy_idle(&lazy, i * 8192ull, 4096, i), PVDMA_IDLE);
 	EQUAL(lazy.idle, PVDMA_LAZY_RECORDS - 1);
@@ -1215,10 +1299,10 @@ static void the_books_have_an_end(void)
 static void random_lazy_mappings(void)
 {
 	enum { NONE, LIVE, IDLE };
-	/* the second entry of a list; no list: 0 */
-	static struct { int state; u64 gpa, bytes, second; u32 flags; u64 since; } naive[512];
+	/* a list: how many pages follow the first entry */
+	static struct { int state; u64 gpa, bytes, more; u32 flags; u64 since; } naive[512];
 	u64 now = 0, iova, i, idle;
-	struct pvdma_entry out[8], entries[2];
+	struct pvdma_entry out[8], entries[6];
 	struct pvdma_list list;
 	u32 round, n;
 
@@ -1228,7 +1312,7 @@ static void random_lazy_mappings(void)
 		u64 r = random_below(0x80000000);
 		u64 slot = r % 512, gpa = (r >> 9) % 16 * 4096, bytes = 1 + (r >> 13) % 2;
 		u32 flags = 1 + (r >> 15) % 2;
-		u64 second = (r >> 21) % 3 * 4096;
+		u64 more = (r >> 21) % 6;
 		bool found;
 
 		now += r >> 20 & 1;
@@ -1237,44 +1321,45 @@ static void random_lazy_mappings(void)
 		case 1:
 		case 2:
 			entries[0] = (struct pvdma_entry){ gpa, bytes };
-			entries[1] = (struct pvdma_entry){ second, 4096 };
-			list = list_of(entries, 2);
-			found = second ? pvdma_lazy_reuse_list(&lazy, &list, flags, ~0ull, &iova) :
+			for (i = 0; i < more; i++)
+				entries[1 + i] = (struct pvdma_entry){ i * 4096, 4096 };
+			list = list_of(entries, 1 + more);
+			found = more ? pvdma_lazy_reuse_list(&lazy, &list, flags, ~0ull, &iova) :
 				pvdma_lazy_reuse(&lazy, gpa, bytes, flags, ~0ull, &iova);
 			for (i = 0; i < 512; i++) {
 				if (naive[i].state == IDLE && naive[i].gpa == gpa &&
-				    naive[i].second == second &&
+				    naive[i].more == more &&
 				    naive[i].bytes == bytes && naive[i].flags == flags)
 					break;
 			}
 			EQUAL(found, i < 512);
 			if (found) {
-				i = iova >> 13;
+				i = iova >> 15;
 				EQUAL(naive[i].state, IDLE);
 				EQUAL(naive[i].gpa, gpa);
 				EQUAL(naive[i].bytes, bytes);
-				EQUAL(naive[i].second, second);
+				EQUAL(naive[i].more, more);
 				EQUAL(naive[i].flags, flags);
 				naive[i].state = LIVE;
 			} else if (naive[slot].state == NONE) {
-				if (second)
-					pvdma_lazy_made_list(&lazy, &list, flags, slot << 13);
+				if (more)
+					pvdma_lazy_made_list(&lazy, &list, flags, slot << 15);
 				else
-					pvdma_lazy_made(&lazy, gpa, bytes, flags, slot << 13);
+					pvdma_lazy_made(&lazy, gpa, bytes, flags, slot << 15);
 				naive[slot].state = LIVE;
 				naive[slot].gpa = gpa;
 				naive[slot].bytes = bytes;
-				naive[slot].second = second;
+				naive[slot].more = more;
 				naive[slot].flags = flags;
 			}
 			break;
 		case 3:	/* the longest idle ones go */
 			n = pvdma_lazy_take(&lazy, out, r % 9, now - 3);
 			for (i = 0; i < n; i++) {
-				u64 at = out[i].address >> 13, j;
+				u64 at = out[i].address >> 15, j;
 
 				EQUAL(naive[at].state, IDLE);
-				EQUAL(out[i].bytes, naive[at].second ? 8192 : naive[at].bytes);
+				EQUAL(out[i].bytes, naive[at].more ? (1 + naive[at].more) * 4096 : naive[at].bytes);
 				for (j = 0; j < 512; j++)
 					EQUAL(naive[j].state == IDLE && naive[j].since < naive[at].since, 0);
 				naive[at].state = NONE;
@@ -1283,8 +1368,9 @@ static void random_lazy_mappings(void)
 				EQUAL(naive[i].state == IDLE && (s64)(now - 3 - naive[i].since) >= 0, 0);
 			break;
 		default:
-			switch (pvdma_lazy_idle(&lazy, slot << 13,
-						naive[slot].second ? 8192 : naive[slot].bytes, now)) {
+			switch (pvdma_lazy_idle(&lazy, slot << 15,
+						naive[slot].more ? (1 + naive[slot].more) * 4096 :
+						naive[slot].bytes, now)) {
 			case PVDMA_IDLE:
 				EQUAL(naive[slot].state, LIVE);
 				naive[slot].state = IDLE;
@@ -1350,6 +1436,7 @@ static const struct {
 	TEST(idle_mappings_are_used_again),
 	TEST(unmaps_that_are_wrong_are_seen),
 	TEST(idle_lists_are_used_again),
+	TEST(lists_of_one_key_are_told_apart),
 	TEST(the_room_for_lists_has_an_end),
 	TEST(the_books_have_an_end),
 	TEST(random_lazy_mappings),

@@ -196,7 +196,7 @@ slow("reads that wait do not hold up others, and complete in any order", async (
   let cold = true;
   const guest = new NvmeGuest({
     natives: {
-      ...ALWAYS_CACHED,
+      ...NATIVES,
       readCached: (...how) => (cold ? COLD : ALWAYS_CACHED).readCached!(...how),
       readCachedInto: (...how) => (cold ? COLD : ALWAYS_CACHED).readCachedInto!(...how),
     },
