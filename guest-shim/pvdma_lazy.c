@@ -8,10 +8,13 @@
 _Static_assert(PVDMA_LAZY_RECORDS <= 65536 && PVDMA_LAZY_ENTRIES <= 65536,
 	       "places are 16 bits");
 
-/* Multiplicative hashing (Knuth, TAOCP 6.4), by page. */
+/* 2^64 by the golden ratio: multiplicative hashing (Knuth, TAOCP 6.4). */
+#define GOLDEN	0x9e3779b97f4a7c15ull
+
+/* By page. */
 static u32 bucket(u64 address)
 {
-	return (u32)((address >> PVDMA_PAGE_SHIFT) * 0x9e3779b97f4a7c15ull >> 32) %
+	return (u32)((address >> PVDMA_PAGE_SHIFT) * GOLDEN >> 32) %
 	       PVDMA_LAZY_BUCKETS;
 }
 
@@ -22,8 +25,8 @@ static u64 key_of(const struct pvdma_list *list)
 	u32 i;
 
 	for (i = 0; i < list->count; i++) {
-		key = (key ^ list->entries[i].address) * 0x9e3779b97f4a7c15ull;
-		key = (key ^ key >> 32 ^ list->entries[i].bytes) * 0x9e3779b97f4a7c15ull;
+		key = (key ^ list->entries[i].address) * GOLDEN;
+		key = (key ^ key >> 32 ^ list->entries[i].bytes) * GOLDEN;
 	}
 	return key;
 }
