@@ -319,7 +319,8 @@ let started: RunningVmm[] = [];
  */
 async function liveEvidence(vmm: RunningVmm): Promise<string> {
   const { host, process } = vmm;
-  const exits = async () => (await host.run(`cd ${vmm.directory} && grep -r . | grep exits`)).stdout;
+  const exits = async () =>
+    (await host.run(`grep LOC: /proc/interrupts; cd ${vmm.directory} && grep -r . | grep exits`)).stdout;
   const { stdout: threads } = await host.run(
     `cd /proc/${process.pid}/task && for t in *; do echo "$t $(cat $t/comm) $(cut -d' ' -f3,14,15 $t/stat): $(cat $t/stack | tr '\\n' ' ')"; done`,
   );
@@ -333,7 +334,7 @@ async function liveEvidence(vmm: RunningVmm): Promise<string> {
   await sleep(3000);
   return [
     `its threads (state, user and system ticks, kernel stack):\n${threads}`,
-    `its exits, and 3 s later:\n${first}\n${second}`,
+    `the host's timer interrupts and the VMM's exits, and 3 s later:\n${first}\n${second}`,
     `bytes of console output: ${silent}, 3 s later ${before}; what came within 3 s of a newline: ` +
       JSON.stringify(process.stdout.slice(before)),
   ].join("\n");
