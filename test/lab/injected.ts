@@ -38,7 +38,7 @@ export const RULES = [
 // more gets fewer done. Single shares wander by a quarter, their median by less the more there are: segments are added
 // until it is known well enough to tell a change of TOLERANCE from chance (three standard errors of a difference).
 const BATCH = sized(3, 15);
-const BATCHES = sized(1, 32);
+const BATCHES = sized(1, 24);
 const SEGMENT_SECONDS = 1;
 const TOLERANCE = 0.1;
 const STANDARD_ERROR = TOLERANCE / 3 / Math.SQRT2;

@@ -10,7 +10,7 @@ import { assertViewsAgree, LabSuite, MiB, type RunningVmm } from "./support.js";
 /** Enough for 200 maps: those of the probe, of the scan for partitions, and of reading it in pieces of 16 KiB. */
 const DISK_BYTES = 4 * MiB;
 const CALLS = SOAK ? Array.from({ length: 200 }, (_, call) => call) : [0, 1, 3, 5, 8, 40, 199];
-/** Under policy lazy a probe may make no more of them than so many: what finds its buffer or its list idle makes none. */
+/** So many of them a probe makes under policy lazy, too; what finds its buffer or its list idle makes none. */
 const FEWEST = 15;
 const ROUND_TIMEOUT_MS = 120_000;
 const SLOT = "0000:00:01.0";
