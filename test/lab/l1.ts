@@ -365,16 +365,16 @@ function qemuArgs(
     "console=ttyS0,115200 panic=-1 intel_iommu=on log_buf_len=4M random.trust_cpu=on",
     // On a busy machine the boot-time timer test sees too few ticks and panics; the TSC is the outer one's and good.
     "no_timer_check tsc=reliable",
-    // A tick that QEMU repeats by itself. Now and then a timer interrupt gets lost under QEMU 7.2, and a kernel that arms
-    // its timer for each event waits for that one for good: it goes on by other interrupts, with no timer left, and guests
-    // hang once they sleep ("soft lockup" in swapper). What a lost tick should have done the next one does. (Tried with a
-    // QEMU that leaves some out: a single one hangs the guests of a host with highres; one in every hundred leaves those of
-    // a host without unharmed.)
+    // A tick that QEMU repeats by itself. Now and then a timer interrupt gets lost under QEMU 7.2, and a kernel that
+    // arms its timer for each event waits for that one for good: it goes on by other interrupts, with no timer left, and
+    // guests hang once they sleep ("soft lockup" in swapper). What a lost tick should have done the next one does.
+    // (Tried with a QEMU that leaves some out: a single one hangs the guests of a host with highres; one in every
+    // hundred leaves those of a host without unharmed.)
     "highres=off nohz=off",
     // No more, though there may be; see the comment at -smp.
     `nr_cpus=${cpus}`,
-    // X86_FEATURE_REP_GOOD: without it pages are cleared by plain stores, 64 bytes a turn, of which TCG makes better code
-    // than of REP STOSQ. What is cleared is most of what a larger guest's start costs.
+    // X86_FEATURE_REP_GOOD, 3 * 32 + 16: without it pages are cleared by plain stores, 64 bytes a turn, of which TCG
+    // makes better code than of REP STOSQ. What is cleared is most of what a larger guest's start costs.
     "clearcpuid=112",
     // Nobody needs the kernel's cryptography tested, its random numbers and keys, and the types of its BPF.
     "cryptomgr.notests",
@@ -420,10 +420,10 @@ function qemuArgs(
   // kernel's: QEMU 7.2's VMRUN leaves the number of an interrupt it has injected in exception_index, and when another
   // thread's request comes between two looks of cpu_handle_interrupt(), the interrupt is delivered once more, with IF=0.
   // With a pause between the two looks QEMU's guests die as ours do, within a minute; with the number cleared none does.
-  // There may be two processors, though one there is: for a machine that can have but one, QEMU before 8.1 drops the
-  // memory barriers of its code (CF_PARALLEL), and the devices are threads of their own. A driver of nvme's then read from
-  // which entry on the controller wants to be rung before its new tail could be seen, while the controller looked for it;
-  // neither told the other, and the queue stood until commands timed out (in QEMU's guests as in ours).
+  // There may be two processors, though one there is: for a machine that can have but one, QEMU 7.2 leaves the memory
+  // barriers out of its code (tcg_gen_mb(): CF_PARALLEL), and the devices are threads of their own. A driver of nvme's
+  // then read from which entry on the controller wants to be rung before its new tail could be seen, while the
+  // controller looked for it; neither told the other, and the queue stood until commands timed out.
   // biome-ignore format: one option per line
   return [
     "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",

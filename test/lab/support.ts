@@ -314,21 +314,21 @@ export async function assertViewsAgree(
 let started: RunningVmm[] = [];
 
 /**
- * What a VMM that still runs is doing: where its threads are, which exits its vCPUs make, and whether a key that is typed
- * brings a silent guest on, which would have missed an interrupt.
+ * What a VMM that still runs is doing: where its threads are, which exits its vCPUs make, whether its host still has timer
+ * interrupts, and whether a key that is typed brings a silent guest on, which would have missed an interrupt.
  */
 async function liveEvidence(vmm: RunningVmm): Promise<string> {
   const { host, process } = vmm;
-  const exits = async () =>
+  const counters = async () =>
     (await host.run(`grep LOC: /proc/interrupts; cd ${vmm.directory} && grep -r . | grep exits`)).stdout;
   const { stdout: threads } = await host.run(
     `cd /proc/${process.pid}/task && for t in *; do echo "$t $(cat $t/comm) $(cut -d' ' -f3,14,15 $t/stat): $(cat $t/stack | tr '\\n' ' ')"; done`,
   );
   if (threads === "") return "the VMM has ended";
-  const first = await exits();
+  const first = await counters();
   const silent = process.stdout.length;
   await sleep(3000);
-  const second = await exits();
+  const second = await counters();
   const before = process.stdout.length;
   process.write("\n");
   await sleep(3000);
