@@ -121,8 +121,8 @@ export const loggedFaults = (log: Pick<KernelLog, "read">): FaultSource => ({
 });
 
 /**
- * How long no fault makes the end of a burst. The kernel logs ten at once and is then silent for 5 s (its default
- * rate limit), so a burst that goes on shows itself again after 5 s and the period of our looks.
+ * How long no fault makes the end of a burst. The kernel logs ten at once, or three (VT-d's handler asks three times per
+ * fault), and is then silent for 5 s (its default rate limit), so a burst that goes on shows itself again after 5 s and the period of our looks.
  */
 const QUIET_MS = 6000;
 

@@ -27,7 +27,7 @@ const MODULE_MS = 100;
 const MODULE_STARTS = 3;
 const FIO_SECONDS = 3;
 const FIO_STARTS = 4;
-/** The same before the first turn. What is compiled while it runs is slow at first, and in the lab the guest's code is, too. */
+/** How long each runs before the first turn. What is compiled while it runs is slow at first, and in the lab the guest's code is, too. */
 const WARM_UP = { ms: 3000, seconds: 20 };
 const DEVICE = "0000:00:01.0";
 const QEMU_ADDRESS = "addr=1.0";
@@ -125,7 +125,7 @@ try {
   if (contenders.length !== disks.length) throw new Error("not a disk for each contender");
   /** One of ours, one of QEMU's: they take their turns in this order, another one first each time. */
   const order = contenders.map((_, n) => (n % 2 === 0 ? n / 2 : (n - 1 + contenders.length) / 2));
-  /** By measure and contender, a figure a turn. */
+  /** By measure and contender, a figure a start. */
   const results = new Map(MEASURES.map(({ word }) => [word, contenders.map((): number[] => [])]));
 
   /** What comes of a measurement; an error says whose it is. */
@@ -166,8 +166,9 @@ try {
       }
     }
     for (const { word, name, unit } of MEASURES) {
+      const starts = word === "iops" ? FIO_STARTS : MODULE_STARTS;
       const figures = contenders.map(
-        ({ name }, who) => `${name} ${figure(results.get(word)![who]!.at(-1)!)}`,
+        ({ name }, who) => `${name} ${figure(median(results.get(word)![who]!.slice(-starts)))}`,
       );
       progress(`  turn ${turn} of ${ROUNDS * TURNS}: ${name}: ${figures.join(", ")} ${unit}`);
     }
@@ -182,14 +183,14 @@ try {
   };
   const about =
     "An assigned NVMe controller, guest kernel 6.12, 1 vCPU, 512 MiB of RAM in huge pages, after a warm-up. " +
-    `All guests are there at once, each with a controller of its own, and take turns of seconds: ${ROUNDS * TURNS} each. ` +
+    `All guests are there at once, each with a controller of its own, and take turns of seconds. ` +
     "Lazy with lazy_ms=500: a call takes several hundred microseconds here, and its 10 ms would be over before a page's turn " +
     "came again.";
   const sections: Section[] = [
     {
       id: "dma",
       title: "What a map and its unmap cost a driver",
-      about: `${about} The same module over the plain DMA API in every guest; 64 pages, every second one of a block.`,
+      about: `${about} The same module over the plain DMA API in every guest; 64 pages, every second one of a block; ${ROUNDS * TURNS * MODULE_STARTS} turns.`,
       unit: "µs",
       better: "less",
       reference: "pvdma, pinned",
@@ -199,7 +200,7 @@ try {
     {
       id: "dma-iops",
       title: "What is left of the disk's speed",
-      about: `${about} fio with io_uring, started ${FIO_STARTS} times in each turn.`,
+      about: `${about} fio with io_uring; ${ROUNDS * TURNS * FIO_STARTS} turns.`,
       unit: "I/Os per second",
       better: "more",
       reference: "pvdma, pinned",

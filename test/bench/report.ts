@@ -30,7 +30,7 @@ export interface Row {
 
 export interface Bar {
   readonly contender: string;
-  /** One per round or turn, in their order; at least one. */
+  /** One per round, turn or start, in their order; at least one. */
   readonly values: readonly number[];
 }
 

@@ -24,7 +24,7 @@ const add = (name: string, body: (host: Host) => Promise<void>) =>
 
 add("QEMU's edu, assigned, does what an emulated one does", async (host) => {
   const { stats, messages } = await runFacts(host, ["--assign", l1Bdf.edu], FACTS);
-  // The host's kernel logs ten at once and then no more for a while.
+  // The host's kernel logs a few and then no more for a while.
   assert.ok(stats.get(`devices/${l1Bdf.edu}/dma/faults`)! >= 1, messages.join("\n"));
 });
 for (const [name, body] of emulatedTests) add(name, body);
