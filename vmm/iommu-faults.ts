@@ -121,8 +121,9 @@ export const loggedFaults = (log: Pick<KernelLog, "read">): FaultSource => ({
 });
 
 /**
- * How long no fault makes the end of a burst. The kernel logs ten at once, or three (VT-d's handler asks three times per
- * fault), and is then silent for 5 s (its default rate limit), so a burst that goes on shows itself again after 5 s and the period of our looks.
+ * How long no fault makes the end of a burst. The kernel logs ten at once, or as few as three (VT-d's handler asks its
+ * limit three times for a fault that comes alone), and is then silent for 5 s (the default limit), so a burst that goes on
+ * shows itself again after 5 s and the period of our looks.
  */
 const QUIET_MS = 6000;
 

@@ -21,13 +21,13 @@ const TURNS = 4;
 const DISK_BYTES = 256 * 2 ** 20;
 /**
  * Milliseconds for each of the ten figures that the module takes when it is loaded, seconds for fio's, and how often each is
- * started in a turn: figures differ by more from start to start than within one, fio's by a seventh of what they are.
+ * started in a turn: figures differ by more from start to start than within one, fio's by a seventh (standard deviation).
  */
 const MODULE_MS = 100;
 const MODULE_STARTS = 3;
 const FIO_SECONDS = 3;
 const FIO_STARTS = 4;
-/** How long each runs before the first turn. What is compiled while it runs is slow at first, and in the lab the guest's code is, too. */
+/** The same two before the first turn. What is compiled while it runs is slow at first, and in the lab the guest's code is, too. */
 const WARM_UP = { ms: 3000, seconds: 20 };
 const DEVICE = "0000:00:01.0";
 const QEMU_ADDRESS = "addr=1.0";
@@ -183,14 +183,14 @@ try {
   };
   const about =
     "An assigned NVMe controller, guest kernel 6.12, 1 vCPU, 512 MiB of RAM in huge pages, after a warm-up. " +
-    `All guests are there at once, each with a controller of its own, and take turns of seconds. ` +
+    "All guests are there at once, each with a controller of its own, and take turns of seconds. " +
     "Lazy with lazy_ms=500: a call takes several hundred microseconds here, and its 10 ms would be over before a page's turn " +
     "came again.";
   const sections: Section[] = [
     {
       id: "dma",
       title: "What a map and its unmap cost a driver",
-      about: `${about} The same module over the plain DMA API in every guest; 64 pages, every second one of a block; ${ROUNDS * TURNS * MODULE_STARTS} turns.`,
+      about: `${about} The same module over the plain DMA API in every guest; 64 pages, every second one of a block; ${ROUNDS * TURNS * MODULE_STARTS} starts.`,
       unit: "µs",
       better: "less",
       reference: "pvdma, pinned",
@@ -200,7 +200,7 @@ try {
     {
       id: "dma-iops",
       title: "What is left of the disk's speed",
-      about: `${about} fio with io_uring; ${ROUNDS * TURNS * FIO_STARTS} turns.`,
+      about: `${about} fio with io_uring; ${ROUNDS * TURNS * FIO_STARTS} starts.`,
       unit: "I/Os per second",
       better: "more",
       reference: "pvdma, pinned",

@@ -13,7 +13,7 @@ import { type Report, reportHtml, type Section, sectionSvg, sectionText } from "
 const BENCHMARKS: Readonly<Record<string, string>> = {
   engine: "the mapping engine alone, over a backend that does nothing",
   controller: "the emulated NVMe controller alone, in one thread",
-  bounds: "a hypercall beside a bare exit in C, here and in the lab, and a map beside VFIO's",
+  bounds: "a hypercall beside a bare exit in C, here and in the lab, and maps beside a C program's",
   dma: "in the lab: what a driver pays for DMA under each policy, and under QEMU",
   memory: "in the lab: pinned memory, granules, the time to start, several CPUs, under policy cached",
   nvme: "in the lab: the emulated NVMe disk beside QEMU's under the same guest",

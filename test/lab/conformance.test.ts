@@ -52,7 +52,8 @@ labTest(
       assert.is(limits.entries, scene.entries, "entries that the container says it has");
       steps += answers.length;
       if (scene.name !== "DMA") continue;
-      // QEMU's VT-d keeps one record until the kernel has read it, which logs few in 5 s, so some may be missing; none may be of another page.
+      // QEMU's VT-d keeps one record until the kernel has read it, and the kernel logs few in 5 s: some may be missing; none
+      // may be of another page.
       const recorded = new Set(
         software.faults.map(({ access, iova }) => `${access} ${Math.floor(iova / 4096) * 4096}`),
       );

@@ -23,8 +23,8 @@ test.after(() => host?.close());
 
 /**
  * For how long no access may have been refused, so that the first three are sure to be logged. Linux's dmar_fault() may log
- * ten times in 5 s, an access that is refused counts three times, and nothing sets that. Some more, as the host counts its
- * 5 s in ticks.
+ * ten times in 5 s, an access that is refused counts three times, and no setting changes that. Some more, as the host counts
+ * its 5 s in ticks.
  */
 const LOG_INTERVAL_MS = 8_000;
 
@@ -82,7 +82,7 @@ for (const [device, policy, kernel] of CASES) {
       policy,
       notOk: isEmulated ? {} : { read_of_write_only: readable },
     });
-    if (!isEmulated || policy === "cached") return; // under cached nothing is out of reach at once
+    if (!isEmulated || policy === "cached") return; // see above; under cached nothing is out of reach at once
     const { stats } = await vmm.end();
     assert.ok(stats.get("devices/emul:edu/dma/faults")! >= 5, "the software IOMMU refused accesses");
   };
