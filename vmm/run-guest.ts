@@ -91,9 +91,11 @@ interface Guest {
   readonly warned: Set<string>;
 }
 
-/** What somebody outside a life of the machine tells it. */
+/** What a life of the machine and who is outside it tell each other. */
 interface Hooks {
   injectionChanged: () => void;
+  /** All numbers of a machine can be read now, before anybody can have seen that its guest runs. */
+  figuresThere: () => void;
 }
 
 /** Wishes to end, from outside the guest: they outlive a reboot, and come at any time. */
@@ -191,7 +193,7 @@ export async function runGuest(options: Options): Promise<GuestEnd> {
     const stats = new Statistics(ramBytes(ram));
     const injection = createInjection();
     const controlled = { injector: new Injector(injection), assigned: devices.map(({ name }) => name) };
-    const hooks: Hooks = { injectionChanged: () => undefined };
+    const hooks: Hooks = { injectionChanged: () => undefined, figuresThere: () => undefined };
     await openFigures(options, stats, controlled, hooks, cleanup);
     if (options.stats) cleanup.add(() => printStatistics(stats));
 
@@ -339,6 +341,7 @@ async function openFigures(
   }
   try {
     const directory = new StatsDirectory(path, asked, () => stats.read(), warn);
+    hooks.figuresThere = () => directory.refresh();
     cleanup.add(() => directory.close());
   } catch (error) {
     // Who asked for the files wants them; who did not, wants the guest.
@@ -492,7 +495,7 @@ async function runMachine(guest: Guest): Promise<Outcome> {
     terminal.attach(machine.serial);
     cleanup.add(() => terminal.detach());
     const tscDeadline = kvm.capability(CONSTANT.KVM_CAP_TSC_DEADLINE_TIMER) > 0;
-    return await machine.run({
+    const end = machine.run({
       cpus: options.cpus,
       ram,
       engine: state,
@@ -507,6 +510,8 @@ async function runMachine(guest: Guest): Promise<Outcome> {
         engine.injector.wake();
       },
     });
+    guest.hooks.figuresThere();
+    return await end;
   } finally {
     await cleanup.run();
   }

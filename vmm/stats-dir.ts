@@ -47,11 +47,11 @@ export class StatsDirectory {
         `statistics directory ${path}: cannot be written (${code}); name another with --stats-dir`,
       );
     }
-    this.timer = setInterval(() => this.tryUpdate(), PERIOD_MS);
+    this.timer = setInterval(() => this.refresh(), PERIOD_MS);
     this.timer.unref();
   }
 
-  update(): void {
+  private update(): void {
     for (const [name, value] of this.read()) {
       const file = this.files.get(name) ?? this.create(name);
       if (value === file.value) continue;
@@ -63,8 +63,11 @@ export class StatsDirectory {
     }
   }
 
-  /** A full file system, say, is no reason to end the guest: the files keep the values they have. */
-  private tryUpdate(): void {
+  /**
+   * Brings the files up to date at once. A full file system, say, is no reason to end the guest: the files keep the values
+   * they have.
+   */
+  refresh(): void {
     try {
       this.update();
     } catch (error) {
@@ -78,7 +81,7 @@ export class StatsDirectory {
 
   close(): void {
     clearInterval(this.timer);
-    this.tryUpdate();
+    this.refresh();
     for (const { fd } of this.files.values()) closeSync(fd);
     this.files.clear();
     if (!this.keep) rmSync(this.path, { recursive: true, force: true });
