@@ -369,7 +369,7 @@ function qemuArgs(
     // arms its timer for each event waits for that one for good: it goes on by other interrupts, with no timer left, and
     // guests hang once they sleep ("soft lockup" in swapper). What a lost tick should have done the next one does.
     // (Tried with a QEMU that leaves some out: a single one hangs the guests of a host with highres; one in every
-    // hundred leaves those of a host without unharmed.)
+    // hundred leaves those of a host without unharmed. Guests of a wrong TSC hang alike: see AWAIT_TSC.)
     "highres=off nohz=off",
     // No more, though there may be; see the comment at -smp.
     `nr_cpus=${cpus}`,
@@ -465,10 +465,24 @@ const ownDirs = ["/run", "/tmp"];
 
 /** Modules that every L1 has. */
 const MODULES = ["virtio_pci", "9p", "9pnet_virtio", "virtio_console", "virtio_rng"];
-const VMM_MODULES = ["kvm-amd", "vfio_iommu_type1", "vfio-pci"];
+const VFIO_MODULES = ["vfio_iommu_type1", "vfio-pci"];
+
+/**
+ * Shell, before KVM is loaded: waits until L1's kernel has measured its TSC for the second time (tsc-early is the clock until
+ * then). On a busy machine the first measure is off by 0.06 %; the second corrects it. A KVM that was loaded in between
+ * gives vCPUs the first frequency, finds it below the host's by more than tsc_tolerance_ppm ("user requested TSC rate
+ * below hardware speed"), and leaves their multiplier 0: it takes the guest's TSC for a constant, every timer of the
+ * guest's comes later than the one before, and the guest hangs ("soft lockup" in swapper). Not for ever: a measure that
+ * is disturbed again and again leaves the frequency as it is, which is as good.
+ */
+const AWAIT_TSC = `tries=0
+while [ "$(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)" = tsc-early ]; do
+  [ $((tries += 1)) -le 200 ] || break
+  sleep 0.05
+done`;
 
 /** Those of busybox that init uses: to install them all takes half a second. */
-const APPLETS = "cat chmod chroot dirname insmod ip ln mkdir mount poweroff touch".split(" ");
+const APPLETS = "cat chmod chroot dirname insmod ip ln mkdir mount poweroff sleep touch".split(" ");
 
 /**
  * L1's initramfs: loads modules, mounts the outer file system, makes the few places L1 may write, and starts
@@ -486,10 +500,12 @@ function initramfs(kernel: Kernel, shareDir: string, { entryLimit }: L1Options):
     kvm_amd: "nested=1",
     ...(entryLimit !== undefined && { vfio_iommu_type1: `dma_entry_limit=${entryLimit}` }),
   };
-  const inserts = resolveModules(kernel.modulesDir, [...MODULES, ...VMM_MODULES]).map((file, index) => {
+  const modules = resolveModules(kernel.modulesDir, [...MODULES, ...VFIO_MODULES, "kvm-amd"]);
+  const inserts = modules.map((file, index) => {
     archive.file(`modules/${index}.ko`, readModule(join(kernel.modulesDir, file)));
     return `insmod /modules/${index}.ko ${parameters[moduleName(file)] ?? ""}`;
   });
+  const insertKvm = inserts.pop()!;
 
   const agent = fileURLToPath(new URL("agent.js", import.meta.url));
   const wanted = [
@@ -549,6 +565,8 @@ port=
 for each in /sys/class/virtio-ports/*; do
   if [ "$(cat $each/name)" = ${portName} ]; then port=/dev/\${each##*/}; fi
 done
+${AWAIT_TSC}
+${insertKvm}
 echo "lab: starting the agent on $port"
 set +e
 chroot /outer /usr/bin/env -i ${env.join(" ")} ${shellQuote(process.execPath)} ${shellQuote(agent)} $port
