@@ -94,7 +94,7 @@ interface Guest {
 /** What a life of the machine and who is outside it tell each other. */
 interface Hooks {
   injectionChanged: () => void;
-  /** All numbers of a machine can be read now, before anybody can have seen that its guest runs. */
+  /** All numbers of a machine can be read now, before its console carries anything. */
   figuresThere: () => void;
 }
 
@@ -510,6 +510,7 @@ async function runMachine(guest: Guest): Promise<Outcome> {
         engine.injector.wake();
       },
     });
+    // run() has started the vCPUs when it first waits; what they write comes by events, so not before this.
     guest.hooks.figuresThere();
     return await end;
   } finally {

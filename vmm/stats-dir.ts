@@ -30,6 +30,7 @@ export function defaultStatsDir(environment: NodeJS.ProcessEnv, pid: number): st
 export class StatsDirectory {
   private readonly files = new Map<string, StatFile>();
   private readonly timer: NodeJS.Timeout;
+  private stale = false;
 
   /** Makes `path` and keeps its files up to date until close(); `keep` leaves them there with their last values. */
   constructor(
@@ -65,12 +66,14 @@ export class StatsDirectory {
 
   /**
    * Brings the files up to date at once. A full file system, say, is no reason to end the guest: the files keep the values
-   * they have.
+   * they have, from then on.
    */
   refresh(): void {
+    if (this.stale) return;
     try {
       this.update();
     } catch (error) {
+      this.stale = true;
       clearInterval(this.timer);
       const code = (error as NodeJS.ErrnoException).code;
       this.warn(

@@ -238,6 +238,7 @@ export const emulatedTests: readonly (readonly [name: string, body: (host: Host)
       await vmm.guestSays("busy");
       const directory = await vmm.statistics();
       assert.ok(directory.has("devices/emul:edu/dma/faults"));
+      assert.ok(directory.has("vcpus/0/exits/serial"));
       vmm.process.kill("SIGTERM");
       const { status, stats } = await vmm.end();
       assert.is(status, 1);
