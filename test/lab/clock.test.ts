@@ -28,11 +28,7 @@ labTest(
   () => host,
   async () => {
     const log = await host.kernelLog();
-    assert.match(
-      log,
-      /Switched to clocksource tsc\n.*kvm_amd: /s,
-      "KVM came when the TSC had been measured",
-    );
+    assert.match(log, /Switched to clocksource tsc\n.*kvm_amd: /s, "KVM came when the TSC had been measured");
     const second = Number(/Refined TSC clocksource calibration: ([\d.]+) MHz/.exec(log)?.[1]) * 1000;
     if (!(second - FIRST_KHZ > (second * TOLERANCE_PPM) / 1e6)) {
       console.log(`    no more to show on this machine: first ${FIRST_KHZ} kHz, then ${second} kHz`);
